@@ -50,7 +50,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo 'fuseopt: $(PYTHON) was not found; name a Python >= 3.10: make PYTHON=...'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fuseopt needs Python 3.10 or newer and $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=..."; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' || \
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo 'fuseopt: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv'; exit 1; }
 	@set -e; found=$$($(PYTHON) -c '$(FIND_TORCH)' 2>/dev/null || true); \
 	if [ -n "$$found" ]; then \
