@@ -1,6 +1,7 @@
 // The Python module fuseopt._C. It speaks in Python tensors and tuples; no torch headers are needed.
 #include <omp.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
 #include "cpu/select.h"
@@ -72,8 +73,9 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         return prune_smallest(t, first, last, count);
       });
-  m.def("set_torch", [](py::object tensor, py::object parameter, py::object describe, bool use_dlpack) {
-    set_torch(tensor.ptr(), parameter.ptr(), describe.ptr(), use_dlpack);
+  m.def("set_torch", [](py::object tensor, py::object parameter, py::object describe,
+                        const std::vector<intptr_t>& functions, py::ssize_t offset) {
+    set_torch(tensor.ptr(), parameter.ptr(), describe.ptr(), functions, offset);
   });
   m.def("schema", &schema);
   m.def("instruction_set", [] { return kernels().name; });

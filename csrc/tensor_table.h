@@ -41,10 +41,10 @@ struct Tensor {
   void* slot[kMaxSlots];
   void* ema[kMaxEma];
   Counter counter[kMaxCounters];
-  double scalars[kMaxScalars];  // Rule::Scalars<double>
-  BitMask keep;                 // words == nullptr: no mask
-  bool freeze;                  // else the mask only zeroes the gradient
-  uint32_t* pruned;             // nullptr: nothing pruned
+  double scalars[kMaxScalars];   // Rule::Scalars<double>
+  BitMask keep;                  // words == nullptr: no mask
+  bool freeze = false;           // else the mask only zeroes the gradient
+  uint32_t* pruned = nullptr;    // nullptr: nothing pruned
 };
 
 struct Block {

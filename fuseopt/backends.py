@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import plan, reference, schema
+from . import plan, reference, schema, torch_abi
 from .stages import mask
 
 NAMES = (None, "cpu", "torch")
@@ -20,16 +20,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         from . import _C
     except ImportError as error:
         return None, f"the compiled module fuseopt._C is missing ({error}); install a C++ compiler and reinstall fuseopt"
-    _C.set_torch(torch.Tensor, torch.nn.Parameter, _describe, True)
+    _C.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, *torch_abi.find())
     return _C, None
-
-
-def _describe(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """(address, storage id, shape, strides) for the compiled module, on a torch without DLPack exchange."""
-    storage = schema.BITS if t.dtype == torch.uint8 else schema.STORAGES.get(t.dtype, -1)
-    if t.device.type != "cpu" or t.layout != torch.strided:
-        storage = -1
-    return t.data_ptr(), storage, tuple(t.shape), tuple(t.stride())
 
 
 _native, _why_not = _load()
@@ -72,12 +64,18 @@ def run(opt, step: plan.Step) -> None:
     """Run a step on the backend that `choose` picks: every stage, then the selection if there is one."""
     update, select = TABLE[choose_name(opt)]
     prepared = update(opt, step)
-    for p, made in prepared.items():
-        for key in made.new_emas:  # the first update of an average copies the parameter
-            opt.state[p][key].copy_(p)
+    _copy_into_new_averages(opt, prepared)
     for gs in step.groups:
         if gs.sparsity is not None:
             select(opt, gs)
+
+
+@torch.no_grad()
+def _copy_into_new_averages(opt, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """The first update of an average copies the parameter."""
+    for p, made in prepared.items():
+        for key in made.new_emas:
+            opt.state[p][key].copy_(p)
 
 
 def choose_name(opt) -> str:
@@ -92,6 +90,7 @@ def choose_name(opt) -> str:
 # ---- torch ---------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.grad is not None]
     prepared = plan.prepare(opt, step, wanting)

@@ -154,12 +154,14 @@ def dense(p: Tensor) -> bool:
     return True
 
 
+@torch.no_grad()
 def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
     """x itself if its elements lie in memory as p's do, otherwise a copy that does."""
     same = all(a == b or n <= 1 for a, b, n in zip(x.stride(), p.stride(), p.shape, strict=True))
     return x if same else torch.empty_like(p, dtype=x.dtype).copy_(x)
 
 
+@torch.no_grad()
 def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     """Make what p's state lacks and mend its layout; True if the moments are new.
 
@@ -199,6 +201,8 @@ def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Te
 
     Raises before anything is changed.
     """
+    if not wanting and all(gs.sparsity is None for gs in step.groups):
+        return {}
     for gs, p in wanting:
         check(opt, gs, p, p.grad)
     for gs in step.groups:

@@ -78,6 +78,7 @@ def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
         opt._statistics = sums.result()
 
 
+@torch.no_grad()
 def prune_to_sparsity(opt, gs: plan.GroupStep) -> None:
     """After the update: select the smallest of the new weights and zero them, their moments and averages."""
     for params in plan.prune_sets(gs):
