@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fuseopt import backends
+from fuseopt import backends, torch_abi
 
 
 @pytest.fixture(params=("cpu", "torch"))
@@ -24,5 +24,5 @@ def native():
     chosen, threads = _C.instruction_set(), torch.get_num_threads()
     yield _C
     _C.set_instruction_set(chosen)
-    _C.set_torch(torch.Tensor, torch.nn.Parameter, backends._describe, True)
+    _C.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, *torch_abi.find())
     torch.set_num_threads(threads)

@@ -80,7 +80,7 @@ def test_torch_and_back_by_tolerance(rule, backend):
     c = go_on(rule.torchs, all_params(b), through_disk(b.state_dict()))
     run(c, all_params(c), 2, 5)
     for p, q in zip(all_params(c), all_params(torchs), strict=True):
-        assert_close(p, q, TRAJECTORY[F64])
+        assert_close(p, q, (1e-7, 1e-9))  # torch keeps mu_product in fp32 and rounds it elsewhere
 
 
 @pytest.mark.parametrize("stage", ("everything", "everything-sparsity"))
@@ -207,7 +207,7 @@ def test_old_checkpoints_take_defaults(backend):
     """Keys that a checkpoint lacks, as torch does it; the step count comes from the state."""
     p = parameters([(4,)])[0]
     opt = run(fuseopt.AdamW([p], backend=backend), [p], 3)
-    saved = opt.state_dict()
+    saved = through_disk(opt.state_dict())
     for key in ("l1", "ema", "prune", "max_grad_norm", "steps", "maximize", "amsgrad"):
         saved["param_groups"][0].pop(key)
     saved["param_groups"][0]["betas"] = [0.9, 0.999]
@@ -284,7 +284,7 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize(("saved", "loader"), FOREIGN, ids="-into-".join if False else None)
+@pytest.mark.parametrize(("saved", "loader"), FOREIGN)
 def test_another_optimizers_checkpoint_is_refused(saved, loader, backend):
     """Where moments would be missing. (Lion's exp_avg is among AdamW's, but not the other way round.)"""
     p = parameters([(8, 8)])[0]

@@ -489,7 +489,8 @@ def test_sparsity_is_exact(dtype, sparsity, scope, backend):
     assert opt.prune_mask(params[1]) is None
     assert_same_bits(params[1], before[1])
     for p, mask, old in zip(wide, expected, [b for b in before if b.dim() >= 2], strict=True):
-        assert torch.equal(opt.prune_mask(p), mask)
+        if p.numel():
+            assert torch.equal(opt.prune_mask(p), mask)
         assert_same_bits(p, torch.where(mask, torch.zeros_like(old), old))
 
 
@@ -679,7 +680,8 @@ def test_groups_prune_apart(backend):
 def test_parameters_without_gradient_are_pruned_too(backend):
     """Its sparsity is that of the model, whoever had a gradient at the pruning step."""
     a, b = parameters([(10, 10), (10, 10)])
-    b.data *= 0.01
+    a.data += torch.sign(a.data)
+    b.data *= 1e-3
     opt = fuseopt.AdamW([a, b], lr=0.0, prune=Prune(0.5), ema=EMA(0.5), backend=backend)
     a.grad = torch.zeros_like(a)
     opt.step()
@@ -702,7 +704,7 @@ def test_averages_follow_the_stored_parameter(dtype, backend):
         warm = min(0.9, 1 - t ** (-2 / 3)) if t > 1 else 0.0
         for p in params:
             for k, d in enumerate((0.9, warm, 0.0, 1.0)):
-                now = p.detach().double()
+                now = p.detach().to(F64, copy=True)
                 averages[p, k] = now if t == 1 else averages[p, k] + (1 - d) * (now - averages[p, k])
                 mine = opt.state[p][f"ema_{k}"]
                 assert mine.dtype == kind
@@ -806,7 +808,7 @@ def test_statistics_are_what_they_say(masks, dtype, backend):
     if masks:
         keep[:2] = [element_mask(p, k) for k, p in enumerate(params[:2])]
         opt.mask(params[0], keep[0]), opt.mask(params[1], keep[1], "grad")
-    before = [p.detach().double() for p in params]
+    before = [p.detach().to(F64, copy=True) for p in params]
     set_gradients(params, 1)
     params[0].grad[0, :7] = 0
     opt.step()
