@@ -62,6 +62,11 @@ class Tile {
     span.pruned = t.pruned ? t.pruned + first / 32 : nullptr;
     span.freeze = t.freeze;
     span.stage = &view.group.stage;
+    if (!t.pruned && span.stage->prune_below > 0) {  // a parameter that pruning does not apply to
+      unpruned_ = view.group.stage;
+      unpruned_.prune_below = 0;
+      span.stage = &unpruned_;
+    }
     span.scalars = t.scalars;
     span.keep = t.keep.words ? unfold(t.keep, first) : nullptr;
   }
@@ -94,6 +99,7 @@ class Tile {
   }
 
   uint32_t keep_[kTile / 32], no_prune_[kTile / 32];
+  StageScalars<double> unpruned_;
   bool none_kept_ = false;
 };
 

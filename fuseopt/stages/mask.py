@@ -75,6 +75,23 @@ def unfold(state: dict, p: Tensor) -> Tensor | None:
     return from_memory_order(flat, p).to(p.device)
 
 
+def check_state(name: str, n: int, state: dict) -> None:
+    """Raise ValueError unless the packed bits in the state of a parameter of n entries fit it."""
+    bits = {"prune_mask": n} if "prune_mask" in state else {}
+    found = [key for key in STATE_KEYS if key in state]
+    if found and len(found) < len(STATE_KEYS):
+        missing = ", ".join(key for key in STATE_KEYS if key not in state)
+        raise ValueError(f"state of {name} has {', '.join(found)} but lacks {missing}; set its mask again with opt.mask")
+    if found:
+        bits["mask_keep"], inner = state["mask_period"], state["mask_inner"]
+        if n and n % (bits["mask_keep"] * inner):
+            raise ValueError(f"state 'mask_keep' of {name} does not fit its {n} entries; set its mask again with opt.mask")
+    for key, count in bits.items():
+        value = state[key]
+        if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.numel() < -(-count // 32) * 4:
+            raise ValueError(f"state {key!r} of {name} is not {count} packed bits (uint8); delete it to start afresh")
+
+
 def new_state(p: Tensor, keep: Tensor, mode: str, name: str) -> dict:
     """The state entries of a mask. Raises TypeError or ValueError on a mask that cannot be meant."""
     if mode not in MODES:
