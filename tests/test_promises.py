@@ -115,6 +115,18 @@ def test_a_step_that_is_refused_changes_nothing(fault, when, backend):
     assert opt._statistics is statistics
 
 
+def test_a_gradient_on_another_device_is_refused(backend):
+    p = parameters([(3,)])[0]
+    q = torch.nn.Parameter(torch.ones(3, device="meta"))
+    opt = fuseopt.SGD([("w", p), ("head", q)], lr=0.1, backend=backend)
+    p.grad, q.grad = torch.ones(3), torch.ones(3, device="meta")
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="cpu and meta"):
+        opt.step()
+    assert_same_bits(p, before)
+    assert not opt.state
+
+
 def test_a_closure_that_raises_changes_nothing(backend):
     p = parameters([(3, 3)])[0]
     opt = run(fuseopt.AdamW([p], backend=backend), [p], 1)

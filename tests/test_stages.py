@@ -469,7 +469,7 @@ def hold(params, backend, prune, **more):
     """SGD that changes nothing but by pruning."""
     opt = fuseopt.SGD(params, lr=0.0, prune=prune, backend=backend, **more)
     for p in params:
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.ones_like(p)
     return opt
 
 
