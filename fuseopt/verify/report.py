@@ -33,7 +33,7 @@ class Figure:
     parameter: str
     stream: str
     max_abs: float = 0.0
-    max_ulp: float = 0.0  # of the stored type, at the larger of the old and the new value
+    max_ulp: float = 0.0  # of the stored type, at the largest of the old and both new values
     allowed_ulp: float = 0.0  # what the bound was where its share was greatest
     share: float = 0.0  # greatest difference / bound
     differences: int = 0  # entries beyond the bound
@@ -60,7 +60,7 @@ class Tally:
             return True
         same = (live == copy.value) | (live.isnan() & copy.value.isnan())
         error = torch.where(same, 0.0, (live.double() - copy.value.double()).abs()).nan_to_num(float("inf"))
-        unit = ulp(torch.maximum(live.abs(), old.abs()))
+        unit = ulp(torch.maximum(torch.maximum(live.abs(), copy.value.abs()), old.abs()))
         allowed = copy.slack()
         beyond = int((~copy.allows(live)).sum())
         share = torch.where(error > 0, error / allowed, 0.0)

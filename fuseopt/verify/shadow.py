@@ -62,12 +62,13 @@ class Shadow:
         if not selects:
             threshold = recipe.threshold_at(options.get("prune"), facts.t)
             threshold = threshold if p in facts.grads and recipe.is_prunable(p) else 0.0
-            wrong = judge.threshold_mismatches(new["p"], threshold, computes_in(facts.opt, p, options), before, after, frozen)
+            wrong = judge.threshold_mismatches(new["p"], threshold, computes_in(facts.opt, facts.kind, p, options), before, after, frozen)
             if hasattr(facts.opt, "prune_mask") and (options.get("prune") or bool(after.any())):
                 self.tally.count(self.check, name, "prune_mask", facts.t, wrong)
         if self.single:
             self._exact(facts, name, p, live, before, after, frozen)
-            facts.weigh(p, entry.p, torch.where(after & ~before, new["p"].value, flat(p)), new["p"])
+            selected = after & ~before & selects
+            facts.weigh(p, entry.p, torch.where(selected, new["p"].value, flat(p)), new["p"])
         gone = after & ~frozen
         for stream, interval in new.items():
             if stream == "p" or not (options.get("prune") or {}).get("moments") == "keep":
@@ -80,7 +81,7 @@ class Shadow:
         if p not in facts.grads:
             return {stream: entry.interval(stream) for stream in ("p", *entry.moments)}, entry.counters
         g = facts.gradient(p) * recipe.clip_coefficient(options.get("max_grad_norm"), facts.total_norm)
-        u = judge.roundoff(computes_in(facts.opt, p, options))
+        u = judge.roundoff(computes_in(facts.opt, facts.kind, p, options))
         exact, counters = judge.update(facts.kind, options, entry, g, u)
         return {stream: Interval.around(*pair, p.dtype) for stream, pair in exact.items()}, counters
 
