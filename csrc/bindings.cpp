@@ -69,9 +69,9 @@ PYBIND11_MODULE(_C, m) {
       .def("gather", &gather, "Reads groups, state and gradients; returns (group, index) of what it cannot take.")
       .def("params", &params, "The parameters that the next run() will update.")
       .def("run", &run, "One step; returns the statistics as a dict, or None.")
-      .def("prune_smallest", [](const TensorTable& t, int first, int last, int64_t count) {
+      .def("prune_smallest", [](const TensorTable& t, int64_t count) {
         py::gil_scoped_release release;
-        return prune_smallest(t, first, last, count);
+        return prune_smallest(t, count);
       });
   m.def("set_torch", [](py::object tensor, py::object parameter, py::object describe,
                         const std::vector<intptr_t>& functions, py::ssize_t offset) {

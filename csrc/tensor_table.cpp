@@ -81,15 +81,15 @@ uint32_t* read_bits(PyObject* object, int64_t bits) {
 
 bool read_mask(PyObject* state, Tensor* t) {
   static PyObject *keep = key("mask_keep"), *period = key("mask_period"), *inner = key("mask_inner"),
-                  *mode = key("mask_mode");
+                  *freeze = key("mask_freeze");
   PyObject* bits = PyDict_GetItemWithError(state, keep);
   if (!bits) return true;
   PyObject *period_value = PyDict_GetItemWithError(state, period), *inner_value = PyDict_GetItemWithError(state, inner),
-           *mode_value = PyDict_GetItemWithError(state, mode);
-  if (!period_value || !inner_value || !mode_value || !PyUnicode_Check(mode_value)) return false;
+           *freeze_value = PyDict_GetItemWithError(state, freeze);
+  if (!period_value || !inner_value || !freeze_value) return false;
   t->keep.period = PyLong_AsLongLong(period_value);
   t->keep.inner = PyLong_AsLongLong(inner_value);
-  t->freeze = PyUnicode_CompareWithASCIIString(mode_value, "freeze") == 0;
+  t->freeze = PyObject_IsTrue(freeze_value) == 1;
   if (PyErr_Occurred() || t->keep.period < 1 || t->keep.inner < 1) return PyErr_Clear(), false;
   t->keep.words = read_bits(bits, t->keep.period);
   return t->keep.words != nullptr;

@@ -65,9 +65,8 @@ def run(opt, step: plan.Step) -> None:
     update, select = TABLE[choose_name(opt)]
     prepared = update(opt, step)
     _copy_into_new_averages(opt, prepared)
-    for gs in step.groups:
-        if gs.sparsity is not None:
-            select(opt, gs)
+    for selection in plan.selections(step):
+        select(opt, selection)
 
 
 @torch.no_grad()
@@ -136,25 +135,24 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     return prepared
 
 
-def _cpu_select(opt, gs: plan.GroupStep) -> None:
-    """Prune the smallest weights. Ties go by row-major index, so a parameter that lies in memory in
-    another order is ranked on a row-major copy."""
-    for params in plan.prune_sets(gs):
-        if not all(p.is_contiguous() for p in params):
-            reference.prune_to_sparsity(opt, gs)
-            return
-    for params in plan.prune_sets(gs):
-        table = _native.TensorTable()
-        specs, grads = [], {}
-        for p in params:  # a parameter may have no gradient, or no state yet
-            has = opt.state[p].__contains__
-            specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
-            grads[p] = (p, False)
-        if table.gather(specs, opt.state, grads, 1.0):
-            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
-        done = sum(int(mask.unpack(opt.state[p]["prune_mask"], p.numel()).sum()) for p in params)
-        table.prune_smallest(0, len(params), plan.target(gs, params) - done)
-        torch.autograd.graph.increment_version(params)
+def _cpu_select(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> None:
+    """Prune the smallest weights. Ties go by row-major index, so where a parameter lies in memory in another
+    order the reference does it."""
+    params = [p for _, p in selection]
+    if not all(p.is_contiguous() for p in params):
+        reference.prune_to_sparsity(opt, selection)
+        return
+    specs, grads = [], {}
+    for gs, p in selection:  # a parameter may have no gradient, or no state yet
+        has = opt.state[p].__contains__
+        specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
+        grads[p] = (p, False)
+    table = _native.TensorTable()
+    if table.gather(specs, opt.state, grads, 1.0):
+        raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+    done = sum(int(mask.unpack(opt.state[p]["prune_mask"], p.numel()).sum()) for p in params)
+    table.prune_smallest(plan.target(selection) - done)
+    torch.autograd.graph.increment_version(params)
 
 
 TABLE: dict[str, tuple[Callable, Callable]] = {
