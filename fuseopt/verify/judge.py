@@ -134,7 +134,7 @@ def threshold_mismatches(new: Interval, threshold: float, u_dtype: torch.dtype, 
 class Candidate:
     """What the selection saw of one parameter; flat."""
 
-    least: Tensor  # bounds of |p| before zeroing, in the storage type
+    least: Tensor  # bounds of |p| before zeroing, as the fp32 values that are ranked
     greatest: Tensor
     exact: Tensor  # the recipe's own |p|, in float64
     old: Tensor  # |p| before the step

@@ -84,7 +84,7 @@ class StepFacts:
 
     def frozen(self, p: Tensor) -> Tensor:
         """Flat mask of the entries that a "freeze" mask holds."""
-        if self.opt.state.get(p, {}).get("mask_mode") != "freeze":
+        if not self.opt.state.get(p, {}).get("mask_freeze"):
             return torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
         return ~self.keep(p)
 

@@ -26,23 +26,26 @@ class Shadow:
 
     def step(self, facts: StepFacts) -> None:
         """Repeat the live optimizer's step on every copy, and compare."""
+        together: list[tuple[dict, float, str, list[Candidate]]] = []
         for options, named in facts.groups():
             prune = options.get("prune")
             sparsity = recipe.sparsity_at(prune, facts.t)
-            seen = {}
             for name, p in named:
-                if p.numel():
-                    candidate = self._parameter(facts, options, name, p, sparsity is not None)
-                    if sparsity is not None and recipe.is_prunable(p):
-                        seen[name] = [candidate]
-            if not seen:
-                continue
-            if prune["scope"] == "global":
-                seen = {"all prunable together": [one for members in seen.values() for one in members]}
-            for name, members in seen.items():
-                wrong, off_by = judge.selection_mismatches(members, sparsity, ties=self.single)
-                self.tally.count(self.check, name, "prune_mask", facts.t, wrong)
-                self.tally.count(self.check, name, "prune_count", facts.t, off_by)
+                if not p.numel():
+                    continue
+                candidate = self._parameter(facts, options, name, p, sparsity is not None)
+                if sparsity is None or not recipe.is_prunable(p):
+                    continue
+                alike = [entry[3] for entry in together if entry[0] == prune and prune["scope"] == "global"]
+                if alike:  # all groups that prune alike are ranked together
+                    alike[0].append(candidate)
+                else:
+                    where = name if prune["scope"] == "tensor" else "all that prune alike"
+                    together.append((prune, sparsity, where, [candidate]))
+        for _, sparsity, where, members in together:
+            wrong, off_by = judge.selection_mismatches(members, sparsity, ties=self.single)
+            self.tally.count(self.check, where, "prune_mask", facts.t, wrong)
+            self.tally.count(self.check, where, "prune_count", facts.t, off_by)
 
     def _parameter(self, facts: StepFacts, options: dict, name: str, p: Tensor, selects: bool) -> Candidate:
         """One parameter's step, comparison and new copy. Returns what a selection sees of it."""
@@ -90,7 +93,7 @@ class Shadow:
         least, greatest = new.magnitudes()
         if self.single:
             least, greatest = torch.where(after, least, live.abs()), torch.where(after, greatest, live.abs())
-        return Candidate(least, greatest, new.exact.abs(), entry.p.abs().double(), before, after, frozen)
+        return Candidate(least.float(), greatest.float(), new.exact.abs(), entry.p.abs().double(), before, after, frozen)
 
     def _exact(self, facts: StepFacts, name: str, p: Tensor, live: dict, before, after, frozen) -> None:
         """What must be so to the bit, beside the live state of just before the step."""
