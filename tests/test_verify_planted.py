@@ -151,7 +151,13 @@ def the_step_count_runs_ahead(opt, params):
 
 AVERAGES = [fuseopt.EMA(0.99), fuseopt.EMA(0.999, warmup="timm")]
 THRESHOLD = {"ema": AVERAGES, "prune": fuseopt.Prune(threshold=0.03, begin=2)}
-FULL = {"max_grad_norm": 1.0, "l1": 1e-3, "ema": AVERAGES, "prune": fuseopt.Prune(0.5, begin=2, end=5), "statistics": True}
+FULL = {
+    "max_grad_norm": 1.0,
+    "l1": 1e-3,
+    "ema": AVERAGES,
+    "prune": fuseopt.Prune(0.5, begin=2, end=5),
+    "statistics": True,
+}
 # mistake, class, options, the stream that must fail
 PLANTS = [
     (decay_after_the_update, fuseopt.AdamW, {}, "p"),
@@ -174,7 +180,12 @@ PLANTS = [
     (one_weight_is_16_ulp_off, fuseopt.AdamW, {}, "p"),
     (the_step_count_runs_ahead, fuseopt.AdamW, {}, "counters"),
 ]
-HOOKED = (frozen_moments_move, frozen_weights_lose_the_sign_of_zero, one_weight_is_16_ulp_off, the_step_count_runs_ahead)
+HOOKED = (
+    frozen_moments_move,
+    frozen_weights_lose_the_sign_of_zero,
+    one_weight_is_16_ulp_off,
+    the_step_count_runs_ahead,
+)
 
 
 def make(cls, options):
@@ -191,7 +202,9 @@ def make(cls, options):
     return opt, params
 
 
-@pytest.mark.parametrize(("plant", "cls", "options", "stream"), PLANTS, ids=[plant[0].__name__ for plant in PLANTS])
+@pytest.mark.parametrize(
+    ("plant", "cls", "options", "stream"), PLANTS, ids=[plant[0].__name__ for plant in PLANTS]
+)
 def test_a_planted_mistake_fails(plant, cls, options, stream, monkeypatch):
     """The report fails, at the stream that the mistake is in; without the mistake it passes."""
     for planted in (False, True):

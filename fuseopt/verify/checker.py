@@ -18,7 +18,9 @@ def kind_of(opt) -> type:
         if isinstance(opt, kind):
             return kind
     known = ", ".join(kind.__name__ for kind in recipe.MOMENTS)
-    raise TypeError(f"verify knows no recipe for {type(opt).__name__}; it checks {known} of fuseopt and torch.optim")
+    raise TypeError(
+        f"verify knows no recipe for {type(opt).__name__}; it checks {known} of fuseopt and torch.optim"
+    )
 
 
 def attach(opt: torch.optim.Optimizer, every: int = 1) -> "Checker":
@@ -73,9 +75,13 @@ class Checker:
         entries = self._trajectory.entries
         for p in params:
             if p.is_complex() or p.layout != torch.strided:
-                raise ValueError(f"verify compares dense real parameters; one of shape {tuple(p.shape)} is {p.dtype}")
+                raise ValueError(
+                    f"verify compares dense real parameters; one of shape {tuple(p.shape)} is {p.dtype}"
+                )
             if p in entries and entries[p].written_to(p):
-                self._note(f"parameters were written to before step {self._t + 1}: their trajectory restarts there")
+                self._note(
+                    f"parameters were written to before step {self._t + 1}: their trajectory restarts there"
+                )
                 del entries[p]
             if p not in entries:
                 entries[p] = Entry.of(opt, self.kind, p)
@@ -90,7 +96,9 @@ class Checker:
             "skipped": found_inf is not None and float(found_inf) != 0,
             # torch's fused step leaves unscaled gradients behind; otherwise they are read after the step,
             # when a closure has made them.
-            "grads": self._gradients(clone=True) if scale is not None and not hasattr(opt, "prune_mask") else None,
+            "grads": self._gradients(clone=True)
+            if scale is not None and not hasattr(opt, "prune_mask")
+            else None,
         }
 
     @torch.no_grad()
@@ -155,13 +163,17 @@ class Checker:
         """opt.statistics() against sums of its own."""
         if not facts.weights:
             return
-        param, update, zeros, unsure = (sum(column) for column in zip(*facts.weights, strict=True))
+        total = {name: sum(one[name] for one in facts.weights) for name in facts.weights[0]}
         live = self.opt.statistics()
         wide = all(p.dtype == torch.float64 for p in facts.grads)
-        bound = judge.ROUNDINGS * judge.roundoff(torch.float64 if wide else torch.float32)
-        expected = {"grad_norm": float(facts.total_norm), "param_norm": param**0.5, "update_norm": update**0.5}
-        for name, value in expected.items():
-            self._tally.relative("all parameters", name, facts.t, live[name], value, bound)
+        u = judge.ROUNDINGS * judge.roundoff(torch.float64 if wide else torch.float32)
+        norm = float(facts.total_norm)
+        self._tally.number("all parameters", "grad_norm", facts.t, live["grad_norm"], norm, u * norm)
+        for name in ("param", "update"):
+            norm = total[name] ** 0.5
+            bound = u * norm + (total[f"{name}_slack"] / norm if norm else 0.0)
+            self._tally.number("all parameters", f"{name}_norm", facts.t, live[f"{name}_norm"], norm, bound)
         nonfinite = sum(int((~torch.isfinite(g)).sum()) for g in free)
         self._tally.count("step", "all parameters", "nonfinite", facts.t, abs(live["nonfinite"] - nonfinite))
-        self._tally.count("step", "all parameters", "zeros", facts.t, max(0, abs(live["zeros"] - zeros) - unsure))
+        wrong = max(0, int(abs(live["zeros"] - total["zeros"]) - total["unsure"]))
+        self._tally.count("step", "all parameters", "zeros", facts.t, wrong)

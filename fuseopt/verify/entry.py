@@ -36,7 +36,9 @@ class Entry:
     def interval(self, stream: str) -> Interval:
         """A stream as it is, with its slack."""
         x = self.streams()[stream]
-        slack = self.slack[stream].double() if stream in self.slack else torch.zeros_like(x, dtype=torch.float64)
+        slack = (
+            self.slack[stream].double() if stream in self.slack else torch.zeros_like(x, dtype=torch.float64)
+        )
         return Interval.around(x.double(), slack, x.dtype)
 
     def averaged(self, key: str, source: Interval, w: float, dtype: torch.dtype) -> Interval:
@@ -48,13 +50,17 @@ class Entry:
         rounding = judge.ROUNDINGS * judge.roundoff(dtype) * torch.maximum(old.value.double().abs(), p.abs())
         return Interval.around(e, (1 - w) * old.slack() + w * source.slack() + rounding, dtype)
 
-    def renew(self, new: dict[str, Interval], emas: dict[str, Interval], counters: dict, pruned: Tensor) -> None:
+    def renew(
+        self, new: dict[str, Interval], emas: dict[str, Interval], counters: dict, pruned: Tensor
+    ) -> None:
         """Take the results of a step as the copy."""
         self.p, self.counters, self.pruned = new["p"].value, counters, pruned
         self.moments = {key: interval.value for key, interval in new.items() if key != "p"}
         self.emas = {key: interval.value for key, interval in emas.items()}
         # Kept as float32 save for float64 streams; made a little larger, so that it never falls short.
-        self.slack = {k: (i.slack() * 1.000001).to(torch.promote_types(i.value.dtype, torch.float32)) for k, i in (new | emas).items()}
+        for key, interval in (new | emas).items():
+            dtype = torch.promote_types(interval.value.dtype, torch.float32)
+            self.slack[key] = (interval.slack() * 1.000001).to(dtype)
 
     def written_to(self, p: Tensor) -> bool:
         """Whether someone wrote to the live parameter since the last step."""

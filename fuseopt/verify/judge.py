@@ -44,7 +44,11 @@ class Interval:
     def put(self, where: Tensor, what: Tensor | float) -> None:
         """Exactly `what`, where `where` is True."""
         for name in ("value", "low", "high"):
-            setattr(self, name, torch.where(where, torch.as_tensor(what, dtype=self.value.dtype), getattr(self, name)))
+            setattr(
+                self,
+                name,
+                torch.where(where, torch.as_tensor(what, dtype=self.value.dtype), getattr(self, name)),
+            )
 
     def hold(self, where: Tensor, other: "Interval") -> None:
         """The other interval, where `where` is True."""
@@ -53,7 +57,11 @@ class Interval:
 
     def allows(self, live: Tensor) -> Tensor:
         """Whether each live value lies in the interval; a NaN allows a NaN."""
-        return ((live >= self.low) & (live <= self.high)) | (live == self.value) | (live.isnan() & self.value.isnan())
+        return (
+            ((live >= self.low) & (live <= self.high))
+            | (live == self.value)
+            | (live.isnan() & self.value.isnan())
+        )
 
     def magnitudes(self) -> tuple[Tensor, Tensor]:
         """The least and the greatest magnitude in the interval."""
@@ -74,13 +82,15 @@ def roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def variants(inputs: dict[str, Tensor], slack: dict[str, Tensor], u: float, two_sided: bool) -> dict[str, Tensor]:
+def variants(
+    inputs: dict[str, Tensor], slack: dict[str, Tensor], u: float, two_sided: bool
+) -> dict[str, Tensor]:
     """Each input stacked: first as it is, then once for every input that is off, with that one off."""
     signs = (1.0, -1.0) if two_sided else (1.0,)
     stacked = {name: [x] for name, x in inputs.items()}
-    for off in inputs:
-        amount = ROUNDINGS * u * inputs[off].abs() + (slack[off].double() if off in slack else 0.0)
-        outward = torch.where(inputs[off] < 0, -amount, amount)
+    for off, exact in inputs.items():
+        amount = ROUNDINGS * u * exact.abs() + (slack[off].double() if off in slack else 0.0)
+        outward = torch.where(exact < 0, -amount, amount)
         for sign in signs:
             for name, x in inputs.items():
                 stacked[name].append(x + sign * outward if name == off else x)
@@ -100,7 +110,8 @@ def update(kind, options: dict, entry, g: Tensor, u: float) -> tuple[dict[str, t
     g: the gradient after unscale, mask and clip; float64, flat. Every rule works element by element, so
     the variants are stacked and all go through one torch.optim step.
     """
-    two_sided = kind is recipe.Lion or bool(options.get("l1"))  # sign() jumps to either side
+    jumps = kind is recipe.Lion or (options.get("l1") and not recipe.is_decoupled(kind, options))
+    two_sided = bool(jumps)  # sign() jumps to either side; where nothing jumps, one side tells enough
     pieces, counters = [], {}
     for start in range(0, max(g.numel(), 1), CHUNK):
         cut = slice(start, start + CHUNK)
@@ -112,7 +123,9 @@ def update(kind, options: dict, entry, g: Tensor, u: float) -> tuple[dict[str, t
         p, made, counters = recipe.rule(kind, options, v["p"], v["grad"], moments, entry.counters)
         results = {"p": p} | made
         pieces.append({k: spread(x, inputs.get(k, x[0]), u, 1 + two_sided) for k, x in results.items()})
-    return {k: tuple(torch.cat([piece[k][i] for piece in pieces]) for i in (0, 1)) for k in pieces[0]}, counters
+    return {
+        k: tuple(torch.cat([piece[k][i] for piece in pieces]) for i in (0, 1)) for k in pieces[0]
+    }, counters
 
 
 # ---- pruning: decisions, so they are judged on the live weights and not compared with the copy's own -----

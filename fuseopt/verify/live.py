@@ -61,20 +61,34 @@ class StepFacts:
     grads: dict[Tensor, Tensor]
     grad_scale: float
     total_norm: Tensor | None = None
-    weights: list[tuple[float, float, int, int]] = field(default_factory=list)
+    weights: list[dict[str, float]] = field(default_factory=list)  # one of `weigh` a parameter
 
-    def weigh(self, p: Tensor, old: Tensor, new: Tensor, copy: Interval) -> None:
-        """Gather what opt.statistics() must say of a parameter; new: before this step's selection."""
-        if p in self.grads and self.opt.defaults.get("statistics"):
-            x = new.double()
-            unsure = int(((copy.low <= 0) & (copy.high >= 0) & (copy.low != copy.high)).sum())
-            change = float((x - old.double()).square().sum())
-            self.weights.append((float(x.square().sum()), change, int((x == 0).sum()), unsure))
+    def weigh(self, p: Tensor, old: Tensor, copy: Interval, selected: Tensor) -> None:
+        """Gather what opt.statistics() must say of a parameter: of the weights before a selection.
+
+        selected: entries that this step's selection zeroed; what they were only the copy knows.
+        """
+        if p not in self.grads or not self.opt.defaults.get("statistics"):
+            return
+        x = torch.where(selected, copy.value, flat(p)).double()
+        change, slack = x - old.double(), torch.where(selected, copy.slack(), 0.0)
+        unsure = (copy.low <= 0) & (copy.high >= 0) & (copy.low != copy.high)
+        sums = {
+            "param": x.square(),
+            "param_slack": 2 * x.abs() * slack + slack.square(),
+            "update": change.square(),
+            "update_slack": 2 * change.abs() * slack + slack.square(),
+            "zeros": x == 0,
+            "unsure": unsure,
+        }
+        self.weights.append({name: float(terms.sum()) for name, terms in sums.items()})
 
     def groups(self) -> Iterator[tuple[dict, list[tuple[str, Tensor]]]]:
         """(options, [(name, parameter)]) of each group."""
         for k, (group, options) in enumerate(zip(self.opt.param_groups, self.options, strict=True)):
-            names = group.get("param_names") or [f"group {k}, parameter {i}" for i in range(len(group["params"]))]
+            names = group.get("param_names") or [
+                f"group {k}, parameter {i}" for i in range(len(group["params"]))
+            ]
             yield options, list(zip(names, group["params"], strict=True))
 
     def keep(self, p: Tensor) -> Tensor | None:

@@ -13,7 +13,9 @@ class Lion(torch.optim.Optimizer):
     """Lion as its paper's algorithm 2 prints it (Chen et al. 2023); torch has no such class."""
 
     def __init__(self, params, lr, betas, weight_decay, maximize):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        )
 
     def step(self):
         for group in self.param_groups:
@@ -55,7 +57,9 @@ def is_decoupled(kind: type, options: dict) -> bool:
     return kind in (torch.optim.AdamW, Lion) or bool(options.get("decoupled_weight_decay"))
 
 
-def rule(kind: type, options: dict, p: Tensor, g: Tensor, moments: dict, counters: dict) -> tuple[Tensor, dict, dict]:
+def rule(
+    kind: type, options: dict, p: Tensor, g: Tensor, moments: dict, counters: dict
+) -> tuple[Tensor, dict, dict]:
     """(p, moments, counters) after a step of torch.optim's `kind`, with both forms of L1 and of decay.
 
     Moments and counters are empty before a parameter's first step: torch makes them.

@@ -1,5 +1,6 @@
 """The bounds, the figures gathered against them, and how they are printed."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +13,14 @@ from .judge import Interval, ulp
 _VALUE = "the change of the float64 recipe when every input is 8 roundoffs off, in the stored type"
 BOUNDS = {
     "p, moments": (_VALUE, "a step is under 16 roundings in sequence; see the note on intervals in judge.py"),
-    "ema_k": ("as above, from the stored weight", "an average follows the weight as it is stored; its first update copies"),
-    "trajectory": ("as above, inputs also off by the last allowance", "roundings add up; moments forget theirs"),
+    "ema_k": (
+        "as above, from the stored weight",
+        "an average follows the weight as it is stored; its first update copies",
+    ),
+    "trajectory": (
+        "as above, inputs also off by the last allowance",
+        "roundings add up; moments forget theirs",
+    ),
     "counters": ("0", "step counts are whole numbers, mu_product is kept in fp32 by torch too"),
     "frozen": ("0 bits", "frozen weights and moments are written back as they were read"),
     "untouched": ("0 bits", "a parameter without a gradient takes no step"),
@@ -53,7 +60,9 @@ class Tally:
         key = check, parameter, stream
         return self.figures.setdefault(key, Figure(*key))
 
-    def values(self, check: str, name: str, stream: str, t: int, live: Tensor, copy: Interval, old: Tensor) -> bool:
+    def values(
+        self, check: str, name: str, stream: str, t: int, live: Tensor, copy: Interval, old: Tensor
+    ) -> bool:
         """Compare a live stream with the copy's; True if within bounds. All flat, of one type."""
         figure = self._at(check, name, stream)
         if live.numel() == 0:
@@ -66,7 +75,10 @@ class Tally:
         share = torch.where(error > 0, error / allowed, 0.0)
         worst = int(share.argmax())
         if float(share[worst]) > figure.share:
-            figure.share, figure.at_step = float(share[worst]), t if not figure.differences else figure.at_step
+            figure.share, figure.at_step = (
+                float(share[worst]),
+                t if not figure.differences else figure.at_step,
+            )
             figure.allowed_ulp = float(allowed[worst] / unit[worst])
         if beyond and not figure.differences:
             figure.at_step = t
@@ -82,12 +94,13 @@ class Tally:
             figure.at_step = t
         figure.differences += differences
 
-    def relative(self, name: str, stream: str, t: int, live: float, copy: float, bound: float) -> None:
-        """Compare two numbers."""
+    def number(self, name: str, stream: str, t: int, live: float, copy: float, bound: float) -> None:
+        """Compare two numbers, which may differ by `bound`; a NaN equals a NaN."""
         figure = self._at("step", name, stream)
-        same = live == copy or (live != live and copy != copy)
-        error = 0.0 if same else abs(live - copy)
-        share = error / (bound * abs(copy)) if error and copy else float(error > 0) * float("inf") if error else 0.0
+        if live == copy or (math.isnan(live) and math.isnan(copy)):
+            return
+        error = abs(live - copy)
+        share = error / bound if bound else math.inf
         figure.max_abs = max(figure.max_abs, error)
         if share > figure.share:
             figure.share, figure.at_step = share, t
@@ -125,16 +138,23 @@ class Report:
         if self.steps == 0:
             return "FAIL: no step has been checked"
         what = f"{self.steps} steps from the live state, {self.trajectory_steps} along one trajectory"
-        return f"FAIL: {over} of {len(self.rows)} figures beyond their bounds; {what}" if over else f"PASS: {what}"
+        return (
+            f"FAIL: {over} of {len(self.rows)} figures beyond their bounds; {what}"
+            if over
+            else f"PASS: {what}"
+        )
 
     def __str__(self) -> str:
         head = ("check", "stream", "worst parameter", "step", "max abs", "max ulp", "allowed", "beyond", "")
         table = [head]
         for row in sorted(self.worst(), key=lambda row: row["check"]):
             exact = row["share"] == 0 and row["max_abs"] == 0
-            numbers = ("0", "0", "") if exact else tuple(f"{row[k]:.3g}" for k in ("max_abs", "max_ulp", "allowed_ulp"))
-            ok = "ok" if row["passed"] else "FAIL"
-            table.append((row["check"], row["stream"], row["parameter"], str(row["at_step"] or ""), *numbers, str(row["differences"]), ok))
+            sizes = [f"{row[key]:.3g}" for key in ("max_abs", "max_ulp", "allowed_ulp")]
+            cells = [row["check"], row["stream"], row["parameter"], str(row["at_step"] or "")]
+            cells += ["0", "0", ""] if exact else sizes
+            table.append((*cells, str(row["differences"]), "ok" if row["passed"] else "FAIL"))
         widths = [max(len(line[k]) for line in table) for k in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
         return "\n".join([*lines, *self.notes, self.verdict()])

@@ -65,21 +65,23 @@ class Shadow:
         if not selects:
             threshold = recipe.threshold_at(options.get("prune"), facts.t)
             threshold = threshold if p in facts.grads and recipe.is_prunable(p) else 0.0
-            wrong = judge.threshold_mismatches(new["p"], threshold, computes_in(facts.opt, facts.kind, p, options), before, after, frozen)
+            dtype = computes_in(facts.opt, facts.kind, p, options)
+            wrong = judge.threshold_mismatches(new["p"], threshold, dtype, before, after, frozen)
             if hasattr(facts.opt, "prune_mask") and (options.get("prune") or bool(after.any())):
                 self.tally.count(self.check, name, "prune_mask", facts.t, wrong)
         if self.single:
             self._exact(facts, name, p, live, before, after, frozen)
-            selected = after & ~before & selects
-            facts.weigh(p, entry.p, torch.where(selected, new["p"].value, flat(p)), new["p"])
+            facts.weigh(p, entry.p, new["p"], after & ~before & selects)
         gone = after & ~frozen
         for stream, interval in new.items():
-            if stream == "p" or not (options.get("prune") or {}).get("moments") == "keep":
+            if stream == "p" or (options.get("prune") or {}).get("moments") != "keep":
                 interval.put(gone, 0.0)
         self._compare(facts, options, name, p, live, new, counters, after)
         return candidate
 
-    def _results(self, facts: StepFacts, options: dict, p: Tensor, entry: Entry) -> tuple[dict[str, Interval], dict]:
+    def _results(
+        self, facts: StepFacts, options: dict, p: Tensor, entry: Entry
+    ) -> tuple[dict[str, Interval], dict]:
         """({stream: interval}, counters) after stages 1 to 8; as they were, without a gradient."""
         if p not in facts.grads:
             return {stream: entry.interval(stream) for stream in ("p", *entry.moments)}, entry.counters
@@ -93,7 +95,9 @@ class Shadow:
         least, greatest = new.magnitudes()
         if self.single:
             least, greatest = torch.where(after, least, live.abs()), torch.where(after, greatest, live.abs())
-        return Candidate(least.float(), greatest.float(), new.exact.abs(), entry.p.abs().double(), before, after, frozen)
+        return Candidate(
+            least.float(), greatest.float(), new.exact.abs(), entry.p.abs().double(), before, after, frozen
+        )
 
     def _exact(self, facts: StepFacts, name: str, p: Tensor, live: dict, before, after, frozen) -> None:
         """What must be so to the bit, beside the live state of just before the step."""
@@ -114,10 +118,12 @@ class Shadow:
         entry.good = tally.values(check, name, "p", t, flat(p), new["p"], entry.p)
         for key in new.keys() - {"p"}:
             if key in live["moments"]:
-                tally.values(check, name, key, t, live["moments"][key], new[key], entry.moments.get(key, new[key].value))
+                old = entry.moments.get(key, new[key].value)
+                tally.values(check, name, key, t, live["moments"][key], new[key], old)
             else:
                 tally.count(check, name, key, t, p.numel())
-        wrong = sum(key not in live["counters"] or float(live["counters"][key]) != float(counters[key]) for key in counters)
+        found = {key: float(value) for key, value in live["counters"].items()}
+        wrong = sum(found.get(key) != float(value) for key, value in counters.items())
         tally.count(check, name, "counters", t, wrong)
         emas = self._averages(facts, options, name, p, live["emas"], new["p"], after)
         if bool(after.any()):
@@ -125,7 +131,8 @@ class Shadow:
             if options["prune"] and options["prune"]["moments"] == "zero":
                 zeroed += live["moments"].values()
             gone = after & ~facts.frozen(p)
-            tally.count(check, name, "pruned", t, sum(int((gone & differ(x, torch.zeros_like(x))).sum()) for x in zeroed))
+            left = sum(int((gone & differ(x, torch.zeros_like(x))).sum()) for x in zeroed)
+            tally.count(check, name, "pruned", t, left)
         if not self.single:
             entry.renew(new, emas, counters, after)
 
@@ -142,7 +149,8 @@ class Shadow:
         for key, interval in out.items():
             interval.put(after, 0.0)
             if key in live:
-                self.tally.values(self.check, name, key, facts.t, live[key], interval, entry.emas.get(key, interval.value))
+                old = entry.emas.get(key, interval.value)
+                self.tally.values(self.check, name, key, facts.t, live[key], interval, old)
             else:
                 self.tally.count(self.check, name, key, facts.t, p.numel())
         return out
