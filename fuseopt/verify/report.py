@@ -42,7 +42,7 @@ class Figure:
     max_abs: float = 0.0
     max_ulp: float = 0.0  # of the stored type, at the largest of the old and both new values
     allowed_ulp: float = 0.0  # what the bound was where its share was greatest
-    share: float = 0.0  # greatest difference / bound
+    share: float = 0.0  # greatest difference / bound, each at its own element
     differences: int = 0  # entries beyond the bound
     at_step: int = 0  # where the share was greatest, or the first step beyond the bound
 
@@ -145,11 +145,11 @@ class Report:
         )
 
     def __str__(self) -> str:
-        head = ("check", "stream", "worst parameter", "step", "max abs", "max ulp", "allowed", "beyond", "")
+        head = ("check", "stream", "worst parameter", "step", "max abs", "max ulp", "of bound", "beyond", "")
         table = [head]
         for row in sorted(self.worst(), key=lambda row: row["check"]):
             exact = row["share"] == 0 and row["max_abs"] == 0
-            sizes = [f"{row[key]:.3g}" for key in ("max_abs", "max_ulp", "allowed_ulp")]
+            sizes = [f"{row[key]:.3g}" for key in ("max_abs", "max_ulp", "share")]
             cells = [row["check"], row["stream"], row["parameter"], str(row["at_step"] or "")]
             cells += ["0", "0", ""] if exact else sizes
             table.append((*cells, str(row["differences"]), "ok" if row["passed"] else "FAIL"))
