@@ -13,69 +13,85 @@ FACTORS = (1.0, 0.5, 0.75)  # of the gradient, at the steps that are compared
 CHANGE = {torch.float32: 1e-4, torch.bfloat16: 2**-4}
 
 
+CHUNK = 2**18  # entries at a time, so that what is computed in between stays in the cache
+
+
 class Oracle:
-    """Start and result of the case in float64, by torch.optim on one flat tensor and torch.where."""
+    """Results of the case's first steps in float64, by torch.optim on flat tensors and torch.where."""
 
     def __init__(self, case: Case, data: Data, freezes: bool):
-        self.start = data.start.double()
-        p = self.start.clone()
-        kind = torch.optim.SGD if case.rule == "sgd" else torch.optim.AdamW
-        options = {"momentum": MOMENTUM} if case.rule == "sgd" else {"weight_decay": WEIGHT_DECAY}
-        opt = kind([p], lr=LR, **options)
-        self.ema = None
-        for gradient in gradients(case, data):
-            p.grad = torch.where(data.effective, gradient.double(), 0.0)
-            if case.full:
-                p.grad *= min(1.0, data.max_grad_norm / (float(p.grad.norm()) + 1e-6))
-            opt.step()
-            if freezes:
-                p.copy_(torch.where(data.keep, p, self.start))
-            self.ema = p.clone() if self.ema is None else self.ema.lerp_(p, 1 - EMA_DECAY)
-        self.p = p
-        self.moments = {key: value for key, value in opt.state[p].items() if key != "step"}
+        names = {"sgd": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}[case.rule]
+        names = ["parameters", *names, *(["EMA"] if case.full else [])]
+        self.results = {name: torch.empty(case.elements, dtype=torch.float64) for name in names}
+        clips = [_clip(data, g) if case.full else 1.0 for g in gradients(data, slice(None))]
+        for k in range(0, case.elements, CHUNK):
+            part = slice(k, k + CHUNK)
+            for result, value in zip(self.results.values(), _steps(case, data, part, clips, freezes), strict=True):
+                result[part] = value
 
 
-def gradients(case: Case, data: Data) -> Iterator[Tensor]:
-    """The gradient of each step that is compared.
+def _clip(data: Data, gradient: Tensor) -> float:
+    norm = float(torch.where(data.effective, gradient, 0).norm(dtype=torch.float64))
+    return min(1.0, data.max_grad_norm / (norm + 1e-6))
+
+
+def _steps(case: Case, data: Data, part: slice, clips: list[float], freezes: bool) -> list[Tensor]:
+    """Parameters, moments and EMA of some entries after the steps."""
+    start, effective = data.start[part].double(), data.effective[part]
+    p, ema = start.clone(), None
+    options = {"momentum": MOMENTUM} if case.rule == "sgd" else {"weight_decay": WEIGHT_DECAY}
+    opt = (torch.optim.SGD if case.rule == "sgd" else torch.optim.AdamW)([p], lr=LR, **options)
+    for gradient, clip in zip(gradients(data, part), clips, strict=True):
+        p.grad = torch.where(effective, gradient.double(), 0.0) * clip
+        opt.step()
+        if freezes:
+            p.copy_(torch.where(data.keep[part], p, start))
+        ema = p.clone() if ema is None else ema.lerp_(p, 1 - EMA_DECAY)
+    moments = [value for key, value in opt.state[p].items() if key != "step"]
+    return [p, *moments, *([ema] if case.full else [])]
+
+
+def gradients(data: Data, part: slice) -> Iterator[Tensor]:
+    """The gradient of each step that is compared, of some entries.
 
     In a full case fuseopt selects what is pruned at the end of its first step, so until then pruned entries
     have no gradient.
     """
     for k, factor in enumerate(FACTORS):
-        g = data.gradient * factor
-        yield torch.where(data.pruned, 0, g) if k == 0 else g
+        g = data.gradient[part] * factor
+        yield torch.where(data.pruned[part], 0, g) if k == 0 else g
 
 
 def problem(case: Case, data: Data, variant: Variant, oracle: Oracle) -> str | None:
     """Take the steps with a fresh variant; None if all is right, otherwise what is not."""
-    for g in gradients(case, data):
+    for g in gradients(data, slice(None)):
         variant.set_gradient(data, g)
         variant.step()
-    eps = torch.finfo(case.dtype).eps
-    found = _compare("parameters", variant.params, oracle.p, oracle.start, CHANGE[case.dtype], eps)
-    zero = torch.zeros((), dtype=torch.float64)
-    for key, expected in oracle.moments.items():
-        moments = [variant.opt.state[p][key] for p in variant.params]
-        found = found or _compare(key, moments, expected, zero, CHANGE[case.dtype], eps)
-    if case.full:
-        averages = variant.averages()
-        found = found or _compare("EMA", averages, oracle.ema, oracle.start, CHANGE[case.dtype], eps)
-    return found
+    found = {"parameters": variant.params, "EMA": variant.averages()}
+    for name, expected in oracle.results.items():
+        tensors = found.get(name) or [variant.opt.state[p][name] for p in variant.params]
+        got = torch.cat([t.detach().reshape(-1) for t in tensors])
+        for k in range(0, case.elements, CHUNK):
+            part = slice(k, k + CHUNK)
+            start = data.start[part].double() if name in found else torch.zeros((), dtype=torch.float64)
+            wrong = _compare(got[part].double(), expected[part], start, case.dtype)
+            if wrong:
+                return f"{name}, among entries {k} to {k + expected[part].numel()}: {wrong}"
+    return None
 
 
-def _compare(what: str, tensors: list[Tensor], expected: Tensor, start: Tensor, change: float, eps: float) -> str | None:
-    """None if the tensors together are what is expected, entry by entry, and moved where it did."""
-    got = torch.cat([t.detach().reshape(-1) for t in tensors]).double()
+def _compare(got: Tensor, expected: Tensor, start: Tensor, dtype: torch.dtype) -> str | None:
+    """None if every entry is what is expected and moved from the start where that did."""
     moved = (expected - start).abs()
-    allowed = change * (moved + moved.mean()) + len(FACTORS) * eps * expected.abs()
+    allowed = CHANGE[dtype] * (moved + moved.mean()) + len(FACTORS) * torch.finfo(dtype).eps * expected.abs()
     wrong = ~((got - expected).abs() <= allowed)  # also where NaN
     if wrong.any():
         k = int(wrong.nonzero()[0])
-        return f"{what}: {int(wrong.sum())} of {got.numel()} differ; entry {k} is {got[k]:.9g}, not {expected[k]:.9g}"
+        return f"{int(wrong.sum())} differ, such as {got[k]:.9g} instead of {expected[k]:.9g}"
     stuck = (moved > allowed) & (got == start)
     if stuck.any():
-        return f"{what}: {int(stuck.sum())} of {got.numel()} entries did not move"
+        return f"{int(stuck.sum())} did not move"
     drifted = (moved == 0) & (got != start)
     if drifted.any():
-        return f"{what}: {int(drifted.sum())} of {got.numel()} entries moved that should not"
+        return f"{int(drifted.sum())} moved that should not"
     return None
