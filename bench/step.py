@@ -1,6 +1,6 @@
 """Times an optimizer step: fuseopt against torch's optimizers, and against torch recipes with separate passes.
 
-    python bench/step.py                          all cases, about five minutes; JSON in bench/results/
+    python bench/step.py                          all cases, about four minutes; JSON in bench/results/
     python bench/step.py --quick                  small tensors and few rounds, to see that it runs
     python bench/step.py --cases full --shapes one fifty
     python bench/step.py --markdown RESULT.json   the tables of a README, from a run's JSON
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def settings(quick: bool) -> Settings:
     """How long a case may take."""
     if quick:
-        return Settings(seconds=0.3, least_rounds=5, most_rounds=30, bandwidth_elements=2**22)
+        return Settings(seconds_small=0.3, least_rounds=5, most_rounds=30)
     return Settings()
 
 
