@@ -26,7 +26,9 @@ class Oracle:
         clips = [_clip(data, g) if case.full else 1.0 for g in gradients(data, slice(None))]
         for k in range(0, case.elements, CHUNK):
             part = slice(k, k + CHUNK)
-            for result, value in zip(self.results.values(), _steps(case, data, part, clips, freezes), strict=True):
+            for result, value in zip(
+                self.results.values(), _steps(case, data, part, clips, freezes), strict=True
+            ):
                 result[part] = value
 
 

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import check
 import torch
 from torch.profiler import ProfilerActivity, profile
 from variants import Case, Data, Variant, makers
 
-import check
-
-SHARE_FROM = 2**22  # elements from which a step is beyond the cache, so that a share of the bandwidth means something
+SHARE_FROM = 2**22  # elements; a smaller step is served by the cache and has no share of the bandwidth
 
 
 @dataclass
@@ -87,7 +86,9 @@ class Others:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     return {"median": median, "low": low, "high": high}
 
 
@@ -150,11 +151,15 @@ def _verified(case: Case, data: Data) -> tuple[list[Variant], list[dict]]:
             ready.append(variant)
         else:
             row = {"name": variant.name, "family": variant.family, "verified": wrong is None}
-            untimed.append(row | {"problem": wrong or "the first variant failed, which times would be relative to"})
+            untimed.append(
+                row | {"problem": wrong or "the first variant failed, which times would be relative to"}
+            )
     return ready, untimed
 
 
-def _rounds(data: Data, ready: list[Variant], bandwidth: Bandwidth | None, settings: Settings) -> tuple[dict, dict]:
+def _rounds(
+    data: Data, ready: list[Variant], bandwidth: Bandwidth | None, settings: Settings
+) -> tuple[dict, dict]:
     """({variant: Samples}, {kernel: Samples}) of as many rounds as the settings allow."""
     kernels = bandwidth.kernels if bandwidth else {}
     samples = {v.name: Samples(v.bytes()) for v in ready}

@@ -53,7 +53,17 @@ def _cells(row: dict) -> list[str]:
     ]
 
 
-COLUMNS = ["variant", "median", "quartiles", "x fuseopt", "quartiles", "moved", "of bandwidth", "allocated", "faults"]
+COLUMNS = [
+    "variant",
+    "median",
+    "quartiles",
+    "x fuseopt",
+    "quartiles",
+    "moved",
+    "of bandwidth",
+    "allocated",
+    "faults",
+]
 
 
 def table(case: dict) -> str:
@@ -63,7 +73,9 @@ def table(case: dict) -> str:
     lines = [f"{title(case)} ({case['rounds']} rounds)"]
     for cells in [COLUMNS, *timed] if timed else []:
         first = cells[0].ljust(widths[0])
-        lines.append("  " + "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]))
+        lines.append(
+            "  " + "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+        )
     for row in case["variants"]:
         if "seconds" not in row:
             why = "not timed" if row["verified"] else "NOT TIMED, verification failed"
@@ -72,7 +84,9 @@ def table(case: dict) -> str:
         best = case["bandwidth"][case["best_kernel"]]
         lines.append(f"  bandwidth {best['median'] / 1e9:.1f} GB/s, by {case['best_kernel']}")
     if case["others"] is not None and case["others"] > BUSY:
-        lines.append(f"  THE MACHINE WAS BUSY: other processes took {case['others']:.0%} of its processor time")
+        lines.append(
+            f"  THE MACHINE WAS BUSY: other processes took {case['others']:.0%} of its processor time"
+        )
     return "\n".join(lines)
 
 
@@ -93,11 +107,25 @@ def _share(case: dict, _family: str, _part: str) -> float | None:
 
 
 TARGETS = [  # what, least value, (cases, shapes), how it is read
-    ("plain step: torch fused takes this many times as long", 1.0, ("adamw sgd", "one fifty"), _best, "torch", "fused"),
+    (
+        "plain step: torch fused takes this many times as long",
+        1.0,
+        ("adamw sgd", "one fifty"),
+        _best,
+        "torch",
+        "fused",
+    ),
     ("plain step: share of the bandwidth", 0.9, ("adamw sgd", "one fifty"), _share, "", ""),
     ("full step: best recipe with float masks", 2.0, ("full", "one fifty"), _best, "float masks", ""),
     ("full step: best recipe with boolean masks", 2.7, ("full", "one fifty"), _best, "boolean masks", ""),
-    ("full step: recipe with torch's default AdamW", 12.0, ("full", "one fifty"), _best, "float masks", "AdamW,"),
+    (
+        "full step: recipe with torch's default AdamW",
+        12.0,
+        ("full", "one fifty"),
+        _best,
+        "float masks",
+        "AdamW,",
+    ),
     ("200 tensors of 64: torch fused", 8.0, ("adamw sgd", "200"), _best, "torch", "fused"),
 ]
 
@@ -141,7 +169,7 @@ median and quartiles over rounds; "x fuseopt": time of the variant / time of fus
 moved: bytes read and written, for torch counted from its passes (see "passes" in the JSON).
 of bandwidth: moved / time, as a share of the fastest elementwise torch kernel of the same rounds.
 allocated: tensor memory a step asks for; faults: pages a step gets fresh from the system.
-full step: 80% pruned, 10% masked, masks as they stand between two selections; gradients as backward left them."""
+full step: 80% pruned, 10% masked; masks as they stand between two selections, gradients as from backward."""
 
 
 def markdown(result: dict) -> str:
@@ -156,9 +184,12 @@ def markdown(result: dict) -> str:
 
 
 def _pivot(cases: list[dict]) -> list[str]:
-    """A line a variant, a column a shape: time, ratio, and share of the bandwidth where it means something."""
+    """A line a variant, a column a shape: time, ratio, and share of the bandwidth beyond the cache."""
     names = list(dict.fromkeys(row["name"] for case in cases for row in case["variants"]))
-    lines = ["| | " + " | ".join(title(c).split("; ")[1] for c in cases) + " |", "|---|" + "---:|" * len(cases)]
+    lines = [
+        "| | " + " | ".join(title(c).split("; ")[1] for c in cases) + " |",
+        "|---|" + "---:|" * len(cases),
+    ]
     for name in names:
         cells = []
         for case in cases:
@@ -173,6 +204,10 @@ def _markdown_cell(row: dict | None) -> str:
         return ""
     if "seconds" not in row:
         return "failed verification" if not row["verified"] else "not timed"
-    share = f", {row['share']['median']:.0%} of bandwidth" if "share" in row and row["family"] == "fuseopt" else ""
+    share = (
+        f", {row['share']['median']:.0%} of bandwidth"
+        if "share" in row and row["family"] == "fuseopt"
+        else ""
+    )
     ratio = "" if row["ratio"]["median"] == 1 else f" (x{row['ratio']['median']:.2f})"
     return duration(row["seconds"]["median"]) + ratio + share

@@ -1,4 +1,4 @@
-"""Times an optimizer step: fuseopt against torch's optimizers, and against torch recipes with separate passes.
+"""Times an optimizer step: fuseopt against torch's optimizers and recipes with separate passes.
 
     python bench/step.py                          all cases, about four minutes; JSON in bench/results/
     python bench/step.py --quick                  small tensors and few rounds, to see that it runs
@@ -37,11 +37,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--quick", action="store_true", help="small and short; writes JSON only with --json")
-    p.add_argument("--json", type=Path, metavar="PATH", help="where to write it (default: bench/results/DATE-COMMIT.json)")
-    p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
-    p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE", help=" ".join(SHAPES))
+    p.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="where to write it (default: bench/results/DATE-COMMIT.json)",
+    )
+    p.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES)
+    )
+    p.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE", help=" ".join(SHAPES)
+    )
     p.add_argument("--threads", type=int, help="threads of torch and fuseopt (default: torch's choice)")
-    p.add_argument("--markdown", type=Path, metavar="RESULT", help="print the tables of an earlier result and exit")
+    p.add_argument(
+        "--markdown", type=Path, metavar="RESULT", help="print the tables of an earlier result and exit"
+    )
     args = p.parse_args(argv)
     if args.threads is not None and args.threads < 1:
         p.error(f"--threads {args.threads}: give at least 1")
@@ -67,7 +78,9 @@ def cpu() -> str:
 def git(*words: str) -> str:
     """Output of a git command here; empty where there is no repository."""
     try:
-        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=HERE, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -84,7 +97,9 @@ def circumstances(args: argparse.Namespace) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fuseopt": fuseopt.__version__,
-        "instruction_set": backends._native.instruction_set() if native is None else f"not compiled: {native}",
+        "instruction_set": backends._native.instruction_set()
+        if native is None
+        else f"not compiled: {native}",
         "commit": git("rev-parse", "--short", "HEAD") or "no commit",
         "uncommitted_changes": bool(changed),
         "quick": args.quick,

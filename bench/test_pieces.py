@@ -21,7 +21,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2**-9, to
 LR = 2.0**-10
 
 # What a class takes beside its defaults, to reach every kernel of schema.RULES; a rule needs no line here.
-MORE = {fuseopt.Adam: [{"amsgrad": True}], fuseopt.SGD: [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]}
+MORE = {
+    fuseopt.Adam: [{"amsgrad": True}],
+    fuseopt.SGD: [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
+}
 
 
 @dataclass
@@ -71,7 +74,12 @@ STAGES = {  # what is added to AdamW in fp32
 def stages() -> list[Piece]:
     """Every stage alone."""
     return [
-        Piece(name, fuseopt.AdamW, options={"lr": LR, **more.get("options", {})}, prepare=more.get("prepare", Piece.prepare))
+        Piece(
+            name,
+            fuseopt.AdamW,
+            options={"lr": LR, **more.get("options", {})},
+            prepare=more.get("prepare", Piece.prepare),
+        )
         for name, more in STAGES.items()
     ]
 
@@ -109,9 +117,15 @@ def verify(piece: Piece, opt, p: torch.nn.Parameter) -> None:
         if isinstance(got, torch.Tensor) and got.is_floating_point():
             rtol = TOLERANCE[piece.dtype]
             atol = rtol * float(expected.abs().double().mean())
-            torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(
+                got, expected, rtol=rtol, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
+            )
         else:
-            assert torch.equal(torch.as_tensor(got), torch.as_tensor(expected)) if key != "mask_mode" else got == expected
+            assert (
+                torch.equal(torch.as_tensor(got), torch.as_tensor(expected))
+                if key != "mask_mode"
+                else got == expected
+            )
     if piece is not SELECTION:
         assert not torch.equal(p.detach(), start), "nothing moved"
 

@@ -244,7 +244,9 @@ def recipe(case: Case, data: Data, masks: str, flavour: str, swa: bool = False) 
     optimizer = "AdamW" if flavour == "default" else f"AdamW({flavour}=True)"
     name = f"{masks} masks, {optimizer}, {'AveragedModel' if swa else 'lerp EMA'}"
     family = f"{masks} masks"
-    return Variant(name, family, params, opt, step, lambda: total, passes, average.averages, writes_gradient=True)
+    return Variant(
+        name, family, params, opt, step, lambda: total, passes, average.averages, writes_gradient=True
+    )
 
 
 def makers(case: Case, data: Data) -> list[Callable[[], Variant]]:
