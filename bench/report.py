@@ -175,10 +175,10 @@ full step: 80% pruned, 10% masked; masks as they stand between two selections, g
 def markdown(result: dict) -> str:
     """The tables of a README: one a case, one line a variant, fuseopt first."""
     lines = []
-    for name in TITLES:
+    for name, words in TITLES.items():
         cases = [case for case in result["cases"] if case["case"] == name]
         if cases:
-            lines += [f"**{TITLES[name]}**", "", *_pivot(cases), ""]
+            lines += [f"**{words}**", "", *_pivot(cases), ""]
     command = result["command"]
     return "\n".join([*lines, f"`{command}` on {machine(result)}."])
 

@@ -168,8 +168,11 @@ def fused_pass(case: Case, data: Data, mode: str | None = None) -> Variant:
 
     name = f'fuseopt, mask mode "{mode}"' if mode else "fuseopt"
     count = "as opt.explain() counts them"
-    bytes_ = lambda: opt.explain().bytes_per_step  # noqa: E731
-    return Variant(name, "fuseopt", params, opt, opt.step, bytes_, count, averages, freezes=mode == "freeze")
+
+    def moved() -> float:
+        return opt.explain().bytes_per_step
+
+    return Variant(name, "fuseopt", params, opt, opt.step, moved, count, averages, freezes=mode == "freeze")
 
 
 def plain_torch(case: Case, data: Data, flavour: str) -> Variant:
