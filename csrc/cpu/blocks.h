@@ -62,10 +62,10 @@ class Tile {
     span.pruned = t.pruned ? t.pruned + first / 32 : nullptr;
     span.freeze = t.freeze;
     span.stage = &view.group.stage;
-    if (!t.pruned && span.stage->prune_below > 0) {  // a parameter that pruning does not apply to
-      unpruned_ = view.group.stage;
-      unpruned_.prune_below = 0;
-      span.stage = &unpruned_;
+    if (!t.pruned && span.stage->prune_below > 0) {  // the threshold is for prunable parameters alone
+      stage_ = view.group.stage;
+      stage_.prune_below = 0;
+      span.stage = &stage_;
     }
     span.scalars = t.scalars;
     span.keep = t.keep.words ? unfold(t.keep, first) : nullptr;
@@ -98,8 +98,8 @@ class Tile {
     return every == ~0u ? nullptr : keep_;
   }
 
+  StageScalars<double> stage_;
   uint32_t keep_[kTile / 32], no_prune_[kTile / 32];
-  StageScalars<double> unpruned_;
   bool none_kept_ = false;
 };
 
