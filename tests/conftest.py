@@ -1,5 +1,9 @@
 """Fixtures: nothing that a test sets in the process outlives it."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a shared machine
+
 import pytest
 import torch
 
