@@ -59,7 +59,7 @@ def fold(keep: Tensor, p: Tensor) -> tuple[Tensor, int, int]:
         return aligned.reshape(-1)[:1], 1, max(p.numel(), 1)
     first, last = full[0], full[-1]
     between = [aligned.shape[d] if d in full else shape[d] for d in range(first, last + 1)]
-    inner = math.prod(shape[last + 1 :])
+    inner = max(math.prod(shape[last + 1 :]), 1)  # 1 in an empty parameter
     expanded = aligned.expand([*aligned.shape[:first], *between, *aligned.shape[last + 1 :]])
     bits = expanded.reshape(-1)
     return bits, bits.numel(), inner
