@@ -34,7 +34,7 @@ template <class Rule, class T>
 FUSEOPT_INLINE void update_element(T& p, T g, T* slot, const StageScalars<T>& s,
                                    const typename Rule::template Scalars<T>& r) {
   g = s.l2 != T(0) ? fma(s.l2, p, g) : g;  // 0 * inf would be NaN
-  g = p == T(0) ? g : g + copysign(s.l1, p);
+  g = (p == T(0)) | (s.l1 == T(0)) ? g : g + copysign(s.l1, p);  // -0 + 0 would be +0
   p = p * s.decay;
   Rule::update(p, g, slot, r);
   const T magnitude = abs(p) - s.soft_threshold;

@@ -102,7 +102,7 @@ void mark_pruned(const Span& a) {
     uint32_t below = 0;
     for (int j = 0; j < count; ++j) below |= uint32_t(abs(S::load(p[begin + j])) < threshold) << j;
     const uint32_t frozen = a.freeze ? ~a.keep[begin / 32] : 0u;
-    a.pruned[begin / 32] = (a.pruned[begin / 32] | below) & ~frozen;
+    a.pruned[begin / 32] |= below & ~frozen;  // what was pruned before it was frozen stays pruned
   }
 }
 
