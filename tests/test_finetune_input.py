@@ -32,6 +32,7 @@ CASES = [
     ("--compare_steps -1", "--compare_steps"), ("--num_train_epochs 0", "--num_train_epochs"),
     ("--num_train_epochs inf", "--num_train_epochs"), ("--per_device_train_batch_size 0", "batch_size"),
     ("--seed -1", "eed"), ("--optim sgd", "--optim"), ("--load_best_model_at_end", "--load_best_model_at_end"),
+    ("--save_strategy best", "metric_for_best_model"), ("--warmup_steps -4", "warmup_steps"),
     ("--pretrained {missing}", "missing"), ("--pretrained {truncated}", "truncated"), ("--pretrained {empty}", "empty"),
     ("--pretrained {pickled}", "pickled"), ("--pretrained {reshaped}", "body.0.weight"),
     ("--pretrained {lacking}", "neck.1.bias"), ("--pretrained {other}", "extra"), ("--pretrained {nan}", "stem.0.bias"),

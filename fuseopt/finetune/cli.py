@@ -34,6 +34,7 @@ class Run:
     build: Callable
     resolved: dict
     checkpoint: Optional[str]
+    trainer: Optional[FusedTrainer] = None
     ema_model: Optional[DigitNet] = None
 
 
@@ -57,7 +58,7 @@ def main(argv=None):
 
 
 def prepare(options, args):
-    """Everything that can be wrong is found here; the last line is the first that writes. Raises ValueError, OSError."""
+    """Everything that can be wrong is found here, before the last lines write. Raises ValueError, OSError."""
     checkpoint = folder.checkpoint_to_resume(args, options)
     for name in ("verify_every", "compare_steps"):
         if getattr(options, name) < 0:
@@ -78,9 +79,11 @@ def prepare(options, args):
     resolved = folder.resolved_options(options, args, max_grad_norm)
     if checkpoint:
         folder.restore(checkpoint, model, optimizer, resolved)
-    else:
+    run = Run(options, args, data, model, optimizer, frozen, build, resolved, checkpoint)
+    run.trainer = FusedTrainer(run)  # checks its arguments, then makes the output folder
+    if not checkpoint:
         folder.open_output(args.output_dir, resolved)
-    return Run(options, args, data, model, optimizer, frozen, build, resolved, checkpoint)
+    return run
 
 
 def _set_steps(args, images):
@@ -99,7 +102,7 @@ def _set_steps(args, images):
 def execute(run):
     """Train, evaluate, compare and write; returns 0, 1 (verification failed) or 130 (interrupted)."""
     print(report.headline(run), flush=True)
-    trainer = FusedTrainer(run)
+    trainer = run.trainer
     trainer.train(resume_from_checkpoint=run.checkpoint)
     if trainer.interrupted:
         raise KeyboardInterrupt

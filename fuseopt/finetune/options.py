@@ -92,6 +92,9 @@ REFUSED = {
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
     "push_to_hub": "nothing is uploaded",
     "fp16": "fp16 autocast needs a GPU",
+    "label_smoothing_factor": "the loss is plain cross entropy",
+    "neftune_noise_alpha": "the model has no embedding",
+    "prediction_loss_only": "the report needs the predictions",
 }
 
 
