@@ -1,0 +1,100 @@
+// How the CPU walks a table: blocks shared among threads, tiles within a block.
+#pragma once
+
+#include <omp.h>
+
+#include "../tensor_table.h"
+#include "kernels.h"
+
+namespace fuseopt {
+
+inline int64_t element_size(int storage) {
+  constexpr int64_t size[kStorages] = {sizeof(F32::raw), sizeof(F64::raw), sizeof(BF16::raw), sizeof(F16::raw)};
+  return size[storage];
+}
+
+// Calls fn(block index) for every block. Which thread does which is left open, so fn may only write
+// what belongs to its block. omp_get_max_threads() is torch's number: one OpenMP pool serves both.
+template <class Fn>
+void for_each_block(const TensorTable& table, const Fn& fn) {
+  const int items = int(table.items.size()) - 1;
+  const int threads = items < omp_get_max_threads() ? items : omp_get_max_threads();
+#pragma omp parallel for schedule(dynamic) num_threads(threads < 1 ? 1 : threads) if (threads > 1)
+  for (int i = 0; i < items; ++i)
+    for (int b = table.items[i]; b < table.items[i + 1]; ++b) fn(b);
+}
+
+// The sum of the lanes that a run of n elements touched, by halving: the same on any machine.
+inline double add_lanes(double* lanes, int64_t n) {
+  int64_t width = 1;
+  while (width < n && width < kLanes) width *= 2;
+  for (width /= 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+struct BlockView {
+  const Tensor& t;
+  const Group& group;
+  int64_t begin, n;
+
+  BlockView(const TensorTable& table, const Block& block)
+      : t(table.tensors[block.tensor]), group(table.groups[t.group]), begin(block.begin), n(block.n) {}
+
+  void* ema(int k, int64_t at) const {
+    const int64_t size = t.storage == 1 ? sizeof(double) : sizeof(float);
+    return static_cast<char*>(t.ema[k]) + (begin + at) * size;
+  }
+};
+
+// A part of a block: addresses, and the bits of its masks unfolded into words.
+class Tile {
+ public:
+  Span span;
+
+  Tile(const BlockView& view, int64_t at, int64_t most = kTile) {
+    const Tensor& t = view.t;
+    const int64_t first = view.begin + at, offset = first * element_size(t.storage);
+    span.n = view.n - at < most ? view.n - at : most;
+    span.p = static_cast<char*>(t.p) + offset;
+    span.g = static_cast<const char*>(t.g) + offset;
+    for (int k = 0; k < view.group.slots; ++k) span.slot[k] = static_cast<char*>(t.slot[k]) + offset;
+    span.pruned = t.pruned ? t.pruned + first / 32 : nullptr;
+    span.freeze = t.freeze;
+    span.stage = &view.group.stage;
+    span.scalars = t.scalars;
+    span.keep = t.keep.words ? unfold(t.keep, first) : nullptr;
+  }
+  Tile(const Tile&) = delete;
+
+  bool all_frozen() const { return none_kept_ && span.freeze; }
+
+  // The same span with real words in place of "no mask".
+  Span with_all_words() {
+    Span s = span;
+    const int64_t words = (span.n + 31) / 32;
+    if (!s.keep) std::memset(keep_, 0xff, words * 4), s.keep = keep_;
+    if (!s.pruned) std::memset(no_prune_, 0, words * 4), s.pruned = no_prune_;
+    return s;
+  }
+
+ private:
+  // nullptr where every element is kept.
+  const uint32_t* unfold(const BitMask& mask, int64_t first) {
+    uint32_t every = ~0u, any = 0;
+    for (int64_t i = 0, w = 0; i < span.n; i += 32, ++w) {
+      const uint32_t word = mask.word(first + i, span.n - i);
+      const uint32_t live = span.n - i < 32 ? (1u << (span.n - i)) - 1 : ~0u;
+      every &= word | ~live;
+      any |= word & live;
+      keep_[w] = word;
+    }
+    none_kept_ = any == 0;
+    return every == ~0u ? nullptr : keep_;
+  }
+
+  uint32_t keep_[kTile / 32], no_prune_[kTile / 32];
+  bool none_kept_ = false;
+};
+
+}  // namespace fuseopt

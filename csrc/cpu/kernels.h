@@ -1,0 +1,54 @@
+// The inner loops, one table of them per instruction set; all tables give the same bits.
+#pragma once
+
+#include "../pipeline.h"
+#include "../streams.h"
+
+namespace fuseopt {
+
+constexpr int kRules = 0
+#define FUSEOPT_COUNT(Rule, name) +1
+    FUSEOPT_RULES(FUSEOPT_COUNT)
+#undef FUSEOPT_COUNT
+    ;
+constexpr int kStorages = 4;
+
+// A run of elements of one tensor. `keep` and `pruned` are words of bits, bit 0 of word 0 for the first
+// element; update_masked reads both, the others take nullptr for "all kept" and "none pruned".
+struct Span {
+  int64_t n;
+  void* p;
+  const void* g;
+  void* slot[3];
+  const uint32_t* keep;
+  uint32_t* pruned;
+  bool freeze;
+  const StageScalars<double>* stage;
+  const double* scalars;  // Rule::Scalars<double>
+};
+
+struct Sums {  // lane sums of squares, and counts
+  double grad[256], param[256], update[256];
+  int64_t zeros, nonfinite;
+};
+
+struct Kernels {
+  const char* name;
+  // Stages 1 to 10 and the store.
+  void (*update[kRules][kStorages])(const Span&);
+  void (*update_masked[kRules][kStorages])(const Span&);
+  // Marks in `pruned` what a threshold pruned: stage 10 left it at zero, below the threshold.
+  void (*mark_pruned[kStorages])(const Span&);
+  // Stage 11.
+  void (*ema[kStorages])(void* ema, const Span&, double weight);
+  // Adds the squares of the unscaled, kept gradient to 256 lanes.
+  void (*grad_norm[kStorages])(const Span&, double* lanes);
+  // Stage 12; `before` is the parameter as it was.
+  void (*statistics[kStorages])(const void* before, const Span&, Sums*);
+};
+
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
+const Kernels& kernels();                  // the best table for this processor
+bool set_kernels(const char* name);        // by name, for tests; false if this processor cannot run it
+
+}  // namespace fuseopt

@@ -1,0 +1,180 @@
+// The bodies of the loops in kernels.h. Included once per instruction set, after a `#pragma GCC target`
+// and with FUSEOPT_ISA set to its name: everything here lies in a namespace of that name, so that the
+// linker never mixes two of them. Only always_inline functions may be called.
+
+namespace fuseopt {
+namespace FUSEOPT_ISA {
+
+template <template <class> class Scalars, class T>
+FUSEOPT_INLINE Scalars<T> rounded(const void* in) {  // each scalar rounded once, from double
+  constexpr int n = sizeof(Scalars<T>) / sizeof(T);
+  static_assert(n <= kMaxScalars || n == kStageScalars, "too many scalars");
+  double wide[n];
+  T narrow[n];
+  std::memcpy(wide, in, sizeof wide);
+  for (int k = 0; k < n; ++k) narrow[k] = T(wide[k]);
+  Scalars<T> out;
+  std::memcpy(&out, narrow, sizeof out);
+  return out;
+}
+
+// A table, not a shift: GCC turns `word >> bit & 1` as a condition into a form that it cannot vectorise.
+static const uint32_t bit_table[32] = {
+    1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,  1u << 8,  1u << 9,  1u << 10,
+    1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15, 1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21,
+    1u << 22, 1u << 23, 1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31};
+FUSEOPT_INLINE bool has(uint32_t word, int bit) { return (word & bit_table[bit]) != 0; }
+
+template <class Rule, class S>
+struct Streams {  // typed pointers and rounded scalars of a span
+  using raw = typename S::raw;
+  using T = typename S::compute;
+  raw* __restrict__ p;
+  const raw* __restrict__ g;
+  raw* slot[Rule::slots > 0 ? Rule::slots : 1];
+  StageScalars<T> stage;
+  typename Rule::template Scalars<T> rule;
+
+  explicit FUSEOPT_INLINE Streams(const Span& a)
+      : p(static_cast<raw*>(a.p)), g(static_cast<const raw*>(a.g)),
+        stage(rounded<StageScalars, T>(a.stage)), rule(rounded<Rule::template Scalars, T>(a.scalars)) {
+    for (int k = 0; k < Rule::slots; ++k) slot[k] = static_cast<raw*>(a.slot[k]);
+  }
+};
+
+template <bool masked, class Rule, class S>
+FUSEOPT_INLINE void step_at(const Streams<Rule, S>& s, int64_t i, bool keep, bool freeze, bool pruned) {
+  typename S::raw p = s.p[i], slot[Rule::slots > 0 ? Rule::slots : 1];
+  for (int k = 0; k < Rule::slots; ++k) slot[k] = s.slot[k][i];
+  step_element<Rule, S, masked>(p, s.g[i], slot, keep, freeze, pruned, s.stage, s.rule);
+  s.p[i] = p;
+  for (int k = 0; k < Rule::slots; ++k) s.slot[k][i] = slot[k];
+}
+
+template <class Rule, class S>
+void update(const Span& a) {
+  const Streams<Rule, S> s(a);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < a.n; ++i) step_at<false>(s, i, true, false, false);
+}
+
+template <class Rule, class S>
+FUSEOPT_INLINE void update_word(const Streams<Rule, S>& s, int64_t begin, int count, uint32_t keep,
+                                uint32_t pruned, bool freeze) {
+#pragma GCC ivdep
+  for (int j = 0; j < count; ++j) step_at<true>(s, begin + j, has(keep, j), freeze, has(pruned, j));
+}
+
+template <class Rule, class S>
+void update_masked(const Span& a) {
+  const Streams<Rule, S> s(a);
+  const int64_t words = a.n / 32;
+  for (int64_t w = 0; w < words; ++w) update_word(s, 32 * w, 32, a.keep[w], a.pruned[w], a.freeze);
+  if (a.n % 32) update_word(s, 32 * words, int(a.n % 32), a.keep[words], a.pruned[words], a.freeze);
+}
+
+template <class S>
+void mark_pruned(const Span& a) {
+  using T = typename S::compute;
+  const auto* p = static_cast<const typename S::raw*>(a.p);
+  const T threshold = T(a.stage->prune_below);
+  for (int64_t begin = 0; begin < a.n; begin += 32) {
+    const int count = a.n - begin < 32 ? int(a.n - begin) : 32;
+    uint32_t below = 0;
+    for (int j = 0; j < count; ++j) below |= uint32_t(abs(S::load(p[begin + j])) < threshold) << j;
+    const uint32_t frozen = a.freeze ? ~a.keep[begin / 32] : 0u;
+    a.pruned[begin / 32] = (a.pruned[begin / 32] | below) & ~frozen;
+  }
+}
+
+template <class T, class S>
+FUSEOPT_INLINE void ema_word(T* ema, const typename S::raw* p, int64_t begin, int count, uint32_t pruned, T weight) {
+#pragma GCC ivdep
+  for (int j = 0; j < count; ++j)
+    ema[begin + j] = ema_element(ema[begin + j], S::load(p[begin + j]), weight, has(pruned, j));
+}
+
+template <class S>
+void ema(void* stream, const Span& a, double weight) {
+  using T = typename S::compute;  // the average of a 16-bit parameter is kept in fp32
+  auto* e = static_cast<T*>(stream);
+  const auto* p = static_cast<const typename S::raw*>(a.p);
+  if (a.pruned == nullptr) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < a.n; ++i) e[i] = ema_element(e[i], S::load(p[i]), T(weight), false);
+    return;
+  }
+  const int64_t words = a.n / 32;
+  for (int64_t w = 0; w < words; ++w) ema_word<T, S>(e, p, 32 * w, 32, a.pruned[w], T(weight));
+  if (a.n % 32) ema_word<T, S>(e, p, 32 * words, int(a.n % 32), a.pruned[words], T(weight));
+}
+
+FUSEOPT_INLINE uint32_t free_word(const Span& a, int64_t w) {  // what the step may change
+  return (a.keep ? a.keep[w] : ~0u) & ~(a.pruned ? a.pruned[w] : 0u);
+}
+
+template <class S>
+void grad_norm(const Span& a, double* __restrict__ lanes) {
+  using T = typename S::compute;
+  const auto* g = static_cast<const typename S::raw*>(a.g);
+  const auto s = rounded<StageScalars, T>(a.stage);
+  for (int64_t begin = 0; begin < a.n; begin += 32) {
+    const uint32_t keep = free_word(a, begin / 32);
+    double* lane = lanes + begin % 256;
+    const int count = a.n - begin < 32 ? int(a.n - begin) : 32;
+#pragma GCC ivdep
+    for (int j = 0; j < count; ++j) {
+      const double x = double(effective_grad(S::load(g[begin + j]), has(keep, j), s));
+      lane[j] += x * x;
+    }
+  }
+}
+
+template <class S>
+void statistics(const void* previous, const Span& a, Sums* sums) {
+  using T = typename S::compute;
+  const auto* before = static_cast<const typename S::raw*>(previous);
+  const auto* p = static_cast<const typename S::raw*>(a.p);
+  const auto* g = static_cast<const typename S::raw*>(a.g);
+  auto s = rounded<StageScalars, T>(a.stage);
+  s.clip = T(1);  // the norm is of the gradient before clipping
+  int64_t zeros = 0, nonfinite = 0;
+  for (int64_t begin = 0; begin < a.n; begin += 32) {
+    const uint32_t keep = free_word(a, begin / 32);
+    const int64_t lane = begin % 256;
+    const int count = a.n - begin < 32 ? int(a.n - begin) : 32;
+#pragma GCC ivdep
+    for (int j = 0; j < count; ++j) {
+      const double x = double(effective_grad(S::load(g[begin + j]), has(keep, j), s));
+      const double w = double(S::load(p[begin + j]));
+      const double d = w - double(S::load(before[begin + j]));
+      sums->grad[lane + j] += x * x;
+      sums->param[lane + j] += w * w;
+      sums->update[lane + j] += d * d;
+      zeros += w == 0;
+      nonfinite += !(x - x == 0);
+    }
+  }
+  sums->zeros += zeros;
+  sums->nonfinite += nonfinite;
+}
+
+#define FUSEOPT_ROW(Rule, function) {function<Rule, F32>, function<Rule, F64>, function<Rule, BF16>, function<Rule, F16>},
+#define FUSEOPT_UPDATE(Rule, name) FUSEOPT_ROW(Rule, update)
+#define FUSEOPT_UPDATE_MASKED(Rule, name) FUSEOPT_ROW(Rule, update_masked)
+#define FUSEOPT_EACH(function) {function<F32>, function<F64>, function<BF16>, function<F16>}
+#define FUSEOPT_STRING(x) #x
+#define FUSEOPT_NAME(x) FUSEOPT_STRING(x)
+
+constexpr Kernels table = {
+    FUSEOPT_NAME(FUSEOPT_ISA),
+    {FUSEOPT_RULES(FUSEOPT_UPDATE)},
+    {FUSEOPT_RULES(FUSEOPT_UPDATE_MASKED)},
+    FUSEOPT_EACH(mark_pruned),
+    FUSEOPT_EACH(ema),
+    FUSEOPT_EACH(grad_norm),
+    FUSEOPT_EACH(statistics),
+};
+
+}  // namespace FUSEOPT_ISA
+}  // namespace fuseopt

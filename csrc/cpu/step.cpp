@@ -1,0 +1,143 @@
+#include "step.h"
+
+#include <algorithm>
+
+#include "blocks.h"
+
+namespace fuseopt {
+namespace {
+
+void (*const prepare[kRules])(const double* hyper, double* counter, double* scalars) = {
+#define FUSEOPT_PREPARE(Rule, name)                                  \
+  [](const double* hyper, double* counter, double* scalars) {        \
+    const auto s = Rule::prepare(hyper, counter);                    \
+    static_assert(sizeof s <= kMaxScalars * sizeof(double), name);   \
+    std::memcpy(scalars, &s, sizeof s);                              \
+  },
+    FUSEOPT_RULES(FUSEOPT_PREPARE)
+#undef FUSEOPT_PREPARE
+};
+
+// Advances every parameter's counters in the table (not yet in its tensors) and forms its scalars.
+// Neighbours mostly share a group and a step count, and then the scalars too.
+void prepare_scalars(TensorTable& table) {
+  const Tensor* last = nullptr;
+  double last_before[kMaxCounters] = {};
+  for (Tensor& t : table.tensors) {
+    const Group& group = table.groups[t.group];
+    double value[kMaxCounters] = {t.counter[0].value, t.counter[1].value};
+    if (last && last->group == t.group && value[0] == last_before[0] && value[1] == last_before[1]) {
+      std::memcpy(t.scalars, last->scalars, sizeof t.scalars);
+      for (int k = 0; k < kMaxCounters; ++k) t.counter[k].value = last->counter[k].value;
+    } else {
+      std::copy(value, value + kMaxCounters, last_before);
+      prepare[group.rule](group.hyper, value, t.scalars);
+      for (int k = 0; k < kMaxCounters; ++k) t.counter[k].value = value[k];
+    }
+    last = &t;
+  }
+}
+
+void store_counters(const TensorTable& table) {
+  for (const Tensor& t : table.tensors)
+    for (int k = 0; k < table.groups[t.group].counters; ++k) {
+      const Counter& c = t.counter[k];
+      if (c.is_double) *static_cast<double*>(c.data) = c.value;
+      else *static_cast<float*>(c.data) = float(c.value);
+    }
+}
+
+// The global L2 norm of the unscaled gradient over the entries that the step may change.
+double grad_norm(const TensorTable& table) {
+  static thread_local std::vector<double> sums;
+  sums.assign(table.blocks.size(), 0.0);
+  double* out = sums.data();
+  for_each_block(table, [&](int b) {
+    const BlockView view(table, table.blocks[b]);
+    alignas(64) double lanes[kLanes] = {};
+    for (int64_t begin = 0; begin < view.n; begin += kTile) {
+      const Tile tile(view, begin);
+      kernels().grad_norm[view.t.storage](tile.span, lanes);
+    }
+    out[b] = add_lanes(lanes, view.n);
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;  // in the order of the blocks
+  return std::sqrt(total);
+}
+
+void clip(TensorTable& table) {
+  const bool any = std::any_of(table.groups.begin(), table.groups.end(), [](const Group& g) { return g.max_grad_norm > 0; });
+  for (Group& group : table.groups) group.stage.clip = 1;
+  if (!any) return;
+  const double norm = grad_norm(table);
+  for (Group& group : table.groups) {
+    if (group.max_grad_norm <= 0) continue;
+    const double factor = group.max_grad_norm / (norm + 1e-6);
+    group.stage.clip = factor < 1 || factor != factor ? factor : 1;
+  }
+}
+
+// Every stage on one tile; what the loops share stays in the first-level cache.
+void step_tile(const BlockView& view, int64_t begin, Sums* sums) {
+  const Kernels& k = kernels();
+  Tile tile(view, begin);
+  const Span& span = tile.span;
+  const int storage = view.t.storage, rule = view.group.rule;
+  alignas(64) char before[kTile * sizeof(double)];
+  if (sums) std::memcpy(before, span.p, span.n * element_size(storage));
+  if (!tile.all_frozen()) {
+    const bool masked = span.keep || span.pruned;
+    (masked ? k.update_masked : k.update)[rule][storage](masked ? tile.with_all_words() : span);
+  }
+  if (sums) k.statistics[storage](before, span, sums);  // before the bits change: it tells what was free
+  if (span.pruned && view.group.stage.prune_below > 0 && !tile.all_frozen())
+    k.mark_pruned[storage](tile.with_all_words());
+  for (int e = 0; e < view.group.n_ema; ++e) k.ema[storage](view.ema(e, begin), span, view.group.ema_weight[e]);
+}
+
+void step_block(const BlockView& view, Sums* sums) {
+  // With nothing but the rule's own streams there is nothing to keep in cache: one run for the block.
+  if (!view.t.keep.words && !view.t.pruned && view.group.n_ema == 0 && !sums) {
+    kernels().update[view.group.rule][view.t.storage](Tile(view, 0, view.n).span);
+    return;
+  }
+  for (int64_t begin = 0; begin < view.n; begin += kTile) step_tile(view, begin, sums);
+}
+
+struct BlockSums {
+  double grad, param, update;
+  int64_t zeros, nonfinite;
+};
+
+Statistics total(const std::vector<BlockSums>& blocks) {
+  Statistics s;
+  for (const BlockSums& b : blocks) {
+    s.grad_norm += b.grad, s.param_norm += b.param, s.update_norm += b.update;
+    s.zeros += b.zeros, s.nonfinite += b.nonfinite;
+  }
+  s.grad_norm = std::sqrt(s.grad_norm), s.param_norm = std::sqrt(s.param_norm), s.update_norm = std::sqrt(s.update_norm);
+  return s;
+}
+
+}  // namespace
+
+void step(TensorTable& table, Statistics* statistics) {
+  clip(table);
+  prepare_scalars(table);
+  static thread_local std::vector<BlockSums> sums;
+  sums.resize(statistics ? table.blocks.size() : 0);
+  BlockSums* out = sums.data();
+  for_each_block(table, [&](int b) {
+    const BlockView view(table, table.blocks[b]);
+    if (!statistics) return step_block(view, nullptr);
+    Sums lanes{};
+    step_block(view, &lanes);
+    out[b] = {add_lanes(lanes.grad, view.n), add_lanes(lanes.param, view.n), add_lanes(lanes.update, view.n),
+              lanes.zeros, lanes.nonfinite};
+  });
+  store_counters(table);
+  if (statistics) *statistics = total(sums);
+}
+
+}  // namespace fuseopt

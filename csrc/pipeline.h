@@ -1,0 +1,73 @@
+// The order of the stages, written once for every compiler and device.
+#pragma once
+
+#include "rules.h"
+
+namespace fuseopt {
+
+// Scalars of the stages around the rule. Every one has a neutral value, so no stage needs a flag.
+template <class T>
+struct StageScalars {
+  T inv_grad_scale;  // 1 / grad_scale; neutral 1
+  T direction;       // -1 maximizes; neutral 1
+  T clip;            // min(1, max_grad_norm / (norm + 1e-6)); neutral 1
+  T l2, l1;          // coupled decay, added to the gradient; neutral 0
+  T decay;           // 1 - lr * weight_decay, decoupled; neutral 1
+  T soft_threshold;  // lr * l1, decoupled; neutral 0
+  T prune_below;     // |p| < prune_below is pruned; neutral 0
+  T keep_moments;    // not 0: pruned elements keep their moments; neutral 0
+};
+constexpr int kStageScalars = sizeof(StageScalars<double>) / sizeof(double);
+
+// Stages 1 to 4: the gradient that the rule and the sums see. A masked entry is selected to zero, never
+// multiplied: 0 * inf is NaN. Clipping comes after `direction` and the mask, but all three commute bit
+// for bit with it, and the norm is formed with clip = 1.
+template <class T>
+FUSEOPT_INLINE T effective_grad(T g, bool keep, const StageScalars<T>& s) {
+  g = g * s.inv_grad_scale;
+  g = g * s.direction;
+  g = keep ? g : T(0);
+  return g * s.clip;
+}
+
+// Stages 5 to 8 on one element.
+template <class Rule, class T>
+FUSEOPT_INLINE void update_element(T& p, T g, T* slot, const StageScalars<T>& s,
+                                   const typename Rule::template Scalars<T>& r) {
+  g = s.l2 != T(0) ? fma(s.l2, p, g) : g;  // 0 * inf would be NaN
+  g = fma(s.l1, sign(p), g);
+  p = p * s.decay;
+  Rule::update(p, g, slot, r);
+  const T magnitude = abs(p) - s.soft_threshold;
+  p = copysign(magnitude < T(0) ? T(0) : magnitude, p);
+}
+
+// Stages 1 to 10 on one element of storage type S: p and slot are as they lie in memory. Stages 9
+// (freeze) and 10 (prune) select among the raw values, so frozen entries keep their very bits.
+template <class Rule, class S, bool masked, int n>
+FUSEOPT_INLINE void step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n], bool keep,
+                                 bool freeze, bool pruned, const StageScalars<typename S::compute>& s,
+                                 const typename Rule::template Scalars<typename S::compute>& r) {
+  using T = typename S::compute;
+  using raw = typename S::raw;
+  T weight = S::load(p);
+  T moment[n];
+  for (int k = 0; k < Rule::slots; ++k) moment[k] = S::load(slot[k]);
+
+  update_element<Rule, T>(weight, effective_grad(S::load(g), keep, s), moment, s, r);
+
+  const raw stored = S::store(weight);
+  const bool frozen = masked & freeze & !keep;
+  const bool prune = masked & !frozen & (pruned | (abs(S::load(stored)) < s.prune_below));
+  const bool clear = prune & s.keep_moments == T(0);
+  p = frozen ? p : prune ? raw(0) : stored;
+  for (int k = 0; k < Rule::slots; ++k) slot[k] = frozen ? slot[k] : clear ? raw(0) : S::store(moment[k]);
+}
+
+// Stage 11: an exponential moving average of the stored parameter; exactly as sparse as the model.
+template <class T>
+FUSEOPT_INLINE T ema_element(T ema, T p, T weight, bool pruned) {
+  return pruned ? T(0) : fma(weight, p - ema, ema);
+}
+
+}  // namespace fuseopt

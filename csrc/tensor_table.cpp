@@ -1,0 +1,160 @@
+#include "tensor_table.h"
+
+#include <stdexcept>
+
+#include "tensor_view.h"
+
+namespace fuseopt {
+namespace {
+
+// Positions in the tuple that describes a group; see fuseopt/backends.py.
+enum Spec { kParams, kRule, kSlots, kCounters, kEmas, kHyper, kStage, kMaxNorm, kEmaWeights };
+
+PyObject* item(PyObject* tuple, int k) { return PyTuple_GET_ITEM(tuple, k); }
+int size(PyObject* tuple) { return int(PyTuple_GET_SIZE(tuple)); }
+
+void read_doubles(PyObject* tuple, double* out, int most) {
+  if (size(tuple) > most) throw std::length_error("fuseopt: more scalars than the kernels take");
+  for (int k = 0; k < size(tuple); ++k) out[k] = PyFloat_AsDouble(item(tuple, k));
+  if (PyErr_Occurred()) throw std::runtime_error("fuseopt: a scalar is not a number");
+}
+
+Group read_group(PyObject* spec, double inv_grad_scale) {
+  Group group{};
+  group.rule = int(PyLong_AsLong(item(spec, kRule)));
+  group.slots = size(item(spec, kSlots));
+  group.counters = size(item(spec, kCounters));
+  group.n_ema = size(item(spec, kEmas));
+  if (group.slots > kMaxSlots || group.counters > kMaxCounters || group.n_ema > kMaxEma)
+    throw std::length_error("fuseopt: more slots, counters or EMAs than the kernels take");
+  group.max_grad_norm = PyFloat_AsDouble(item(spec, kMaxNorm));
+  read_doubles(item(spec, kHyper), group.hyper, kMaxHyper);
+  read_doubles(item(spec, kStage), &group.stage.inv_grad_scale, kStageScalars);
+  read_doubles(item(spec, kEmaWeights), group.ema_weight, kMaxEma);
+  group.stage.inv_grad_scale = inv_grad_scale;
+  return group;
+}
+
+// The stream `name` of a parameter's state: its address if it has the parameter's layout, else nullptr.
+void* read_stream(PyObject* state, PyObject* name, const TensorView& p, int storage) {
+  PyObject* object = PyDict_GetItemWithError(state, name);
+  TensorView v;
+  if (!object || !view(object, &v) || v.storage != storage || !v.same_layout(p)) return nullptr;
+  static char empty;
+  return v.n == 0 ? &empty : v.data;
+}
+
+bool read_counter(PyObject* state, PyObject* name, Counter* out) {
+  PyObject* object = PyDict_GetItemWithError(state, name);
+  TensorView v;
+  if (!object || !view(object, &v) || v.n != 1 || (v.storage != 0 && v.storage != 1)) return false;
+  *out = {v.data, v.storage == 1, v.storage == 1 ? *static_cast<double*>(v.data) : *static_cast<float*>(v.data)};
+  return true;
+}
+
+PyObject* key(const char* name) { return PyUnicode_InternFromString(name); }
+
+// Packed bits, as whole 32-bit words.
+uint32_t* read_bits(PyObject* object, int64_t bits) {
+  TensorView v;
+  if (!view(object, &v) || v.storage != kBits || v.n < (bits + 31) / 32 * 4 || !v.dense()) return nullptr;
+  return static_cast<uint32_t*>(v.data);
+}
+
+bool read_mask(PyObject* state, Tensor* t) {
+  static PyObject *keep = key("mask_keep"), *period = key("mask_period"), *inner = key("mask_inner"),
+                  *mode = key("mask_mode");
+  PyObject* bits = PyDict_GetItemWithError(state, keep);
+  if (!bits) return true;
+  PyObject *period_value = PyDict_GetItemWithError(state, period), *inner_value = PyDict_GetItemWithError(state, inner),
+           *mode_value = PyDict_GetItemWithError(state, mode);
+  if (!period_value || !inner_value || !mode_value || !PyUnicode_Check(mode_value)) return false;
+  t->keep.period = PyLong_AsLongLong(period_value);
+  t->keep.inner = PyLong_AsLongLong(inner_value);
+  t->freeze = PyUnicode_CompareWithASCIIString(mode_value, "freeze") == 0;
+  if (PyErr_Occurred() || t->keep.period < 1 || t->keep.inner < 1) return PyErr_Clear(), false;
+  t->keep.words = read_bits(bits, t->keep.period);
+  return t->keep.words != nullptr;
+}
+
+}  // namespace
+
+bool TensorTable::add(PyObject* param, PyObject* grad, PyObject* state, PyObject* spec, int group,
+                      bool fresh) {
+  static PyObject* prune_mask = key("prune_mask");
+  TensorView p, g;
+  if (!view(param, &p) || !view(grad, &g)) return false;
+  if (p.storage < 0 || p.storage == kBits || g.storage != p.storage || !p.dense() || !g.same_layout(p)) return false;
+  Tensor t{};
+  t.group = group, t.storage = p.storage, t.n = p.n, t.p = p.data, t.g = g.data;
+  PyObject *slots = item(spec, kSlots), *counters = item(spec, kCounters), *emas = item(spec, kEmas);
+  for (int k = 0; k < size(slots); ++k)
+    if (!(t.slot[k] = read_stream(state, item(slots, k), p, p.storage))) return false;
+  for (int k = 0; k < size(emas); ++k)
+    if (!(t.ema[k] = read_stream(state, item(emas, k), p, p.storage == 1 ? 1 : 0))) return false;
+  for (int k = 0; k < size(counters); ++k)
+    if (!read_counter(state, item(counters, k), &t.counter[k])) return false;
+  if (size(counters) == 0) t.counter[0].value = fresh;  // for rules without a step count
+  if (!read_mask(state, &t)) return false;
+  if (PyObject* bits = PyDict_GetItemWithError(state, prune_mask)) {
+    if (!(t.pruned = read_bits(bits, t.n))) return false;
+  }
+  tensors.push_back(t);
+  params.push_back(param);
+  return true;
+}
+
+void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, double inv_grad_scale) {
+  static PyObject *grad_name = key("grad"), *nothing = PyDict_New();
+  groups.clear(), tensors.clear(), problems.clear(), params.clear();
+  const bool any_replaced = PyDict_Size(grads) > 0;
+  // Walk the state beside the parameters: hashing a tensor calls Python, and the order mostly agrees.
+  Py_ssize_t position = 0;
+  PyObject *next_param = nullptr, *next_state = nullptr;
+  PyDict_Next(state, &position, &next_param, &next_state);
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(specs); ++k) {
+    PyObject* spec = PyList_GET_ITEM(specs, k);
+    groups.push_back(read_group(spec, inv_grad_scale));
+    PyObject* list = item(spec, kParams);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+      PyObject* param = PyList_GET_ITEM(list, i);
+      PyObject* own = nullptr;
+      if (param == next_param) {
+        own = next_state;
+        if (!PyDict_Next(state, &position, &next_param, &next_state)) next_param = nullptr;
+      }
+      PyObject* grad = PyObject_GetAttr(param, grad_name);
+      if (grad == nullptr) throw std::runtime_error("fuseopt: a parameter has no .grad attribute");
+      PyObject* replacement = any_replaced ? PyDict_GetItemWithError(grads, param) : nullptr;
+      PyObject* used = replacement ? item(replacement, 0) : grad;
+      const bool fresh = replacement && item(replacement, 1) == Py_True;
+      if (used != Py_None) {
+        if (!own) own = PyDict_GetItemWithError(state, param);
+        if (!own) own = nothing;
+        if (!PyDict_Check(own) || !add(param, used, own, spec, int(k), fresh))
+          problems.push_back({int(k), int(i)});
+      }
+      Py_DECREF(grad);  // its memory lives on: the parameter holds it
+    }
+  }
+  cut();
+}
+
+void TensorTable::cut() {
+  constexpr int64_t item_elements = 2 * kBlock;  // enough work to be worth handing to a thread
+  blocks.clear(), items.clear();
+  items.push_back(0);
+  int64_t filled = 0;
+  for (int k = 0; k < int(tensors.size()); ++k) {
+    const int64_t n = tensors[k].n;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t length = n - begin < kBlock ? n - begin : kBlock;
+      blocks.push_back({k, int32_t(length), begin});
+      filled += length;
+      if (filled >= item_elements) items.push_back(int(blocks.size())), filled = 0;
+    }
+  }
+  if (items.back() != int(blocks.size())) items.push_back(int(blocks.size()));
+}
+
+}  // namespace fuseopt

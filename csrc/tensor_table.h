@@ -1,0 +1,79 @@
+// What one step works on: every parameter with its streams, cut into blocks. Filled anew from the live
+// Python objects at each step, so no address outlives the step that read it; only the memory of the
+// table itself is kept, so a steady step allocates nothing.
+#pragma once
+
+#include <vector>
+
+#include "pipeline.h"
+#include "streams.h"
+
+struct _object;  // PyObject
+
+namespace fuseopt {
+
+// Sums are formed over kLanes partial sums a block, so kBlock and kLanes are part of their value.
+constexpr int64_t kBlock = 16384;  // elements of one tensor that one thread takes at a time
+constexpr int64_t kTile = 1024;    // elements that stay in the first-level cache between loops
+constexpr int64_t kLanes = 256;
+constexpr int kMaxEma = 8;
+
+struct Counter {  // a 0-dim fp32 or fp64 tensor of state, such as `step`
+  void* data = nullptr;
+  bool is_double = false;
+  double value = 0;  // what the step will write back
+};
+
+struct Group {  // what all parameters of a param_group share
+  int rule, slots, counters, n_ema;
+  double hyper[kMaxHyper];
+  StageScalars<double> stage;
+  double max_grad_norm;  // 0: no clipping
+  double ema_weight[kMaxEma];
+};
+
+struct Tensor {
+  int group;
+  int storage;  // index in FUSEOPT_STORAGES
+  int64_t n;    // elements; all streams lie in memory in the same order
+  void* p;
+  const void* g;
+  void* slot[kMaxSlots];
+  void* ema[kMaxEma];
+  Counter counter[kMaxCounters];
+  double scalars[kMaxScalars];  // Rule::Scalars<double>
+  BitMask keep;                 // words == nullptr: no mask
+  bool freeze;                  // else the mask only zeroes the gradient
+  uint32_t* pruned;             // nullptr: nothing pruned
+};
+
+struct Block {
+  int tensor;
+  int32_t n;
+  int64_t begin;
+};
+
+struct Problem {  // a parameter the table cannot hold as it is; Python finds out why
+  int group, index;
+};
+
+class TensorTable {
+ public:
+  std::vector<Group> groups;
+  std::vector<Tensor> tensors;
+  std::vector<Block> blocks;
+  std::vector<int> items;  // blocks [items[i], items[i+1]) make one piece of work for a thread
+  std::vector<Problem> problems;
+  std::vector<_object*> params;  // the parameters in `tensors`, borrowed
+
+  // `groups`: a list of tuples as fuseopt/backends.py makes them. `state`: the optimizer's. `grads`: a
+  // dict from a parameter to (gradient to use in place of `.grad`, whether its moments are new). After it
+  // returns, `problems` is empty or nothing may be run. Throws only if a tuple is malformed.
+  void gather(_object* groups, _object* state, _object* grads, double inv_grad_scale);
+
+ private:
+  bool add(_object* param, _object* grad, _object* state, _object* spec, int group, bool fresh);
+  void cut();
+};
+
+}  // namespace fuseopt

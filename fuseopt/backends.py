@@ -1,0 +1,164 @@
+"""The backends: one function table, and the choice between them."""
+
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import plan, reference, schema
+from .stages import mask
+
+NAMES = (None, "cpu", "torch")
+_warned = False
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled module, or None and why it is missing. torch comes first: they share its OpenMP pool."""
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, f"the compiled module fuseopt._C is missing ({error}); install a C++ compiler and reinstall fuseopt"
+    _C.set_torch(torch.Tensor, torch.nn.Parameter, _describe, True)
+    return _C, None
+
+
+def _describe(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """(address, storage id, shape, strides) for the compiled module, on a torch without DLPack exchange."""
+    storage = schema.BITS if t.dtype == torch.uint8 else schema.STORAGES.get(t.dtype, -1)
+    if t.device.type != "cpu" or t.layout != torch.strided:
+        storage = -1
+    return t.data_ptr(), storage, tuple(t.shape), tuple(t.stride())
+
+
+_native, _why_not = _load()
+
+
+def native_error() -> str | None:
+    """Why the compiled module is not there; None if it is."""
+    return _why_not
+
+
+def check_name(name: str | None) -> None:
+    """Raise ValueError for an unknown backend, RuntimeError for "cpu" where it was not compiled; warn once
+    where the choice must fall on the slow reference."""
+    global _warned
+    if name not in NAMES:
+        raise ValueError(f"Invalid backend: {name!r}; use None, 'cpu' or 'torch'")
+    if name == "cpu" and _native is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {_why_not}")
+    if name is None and _native is None and not _warned:
+        _warned = True
+        warnings.warn(f"fuseopt runs through its slow torch reference: {_why_not}", RuntimeWarning, stacklevel=5)
+
+
+def choose(opt) -> tuple[str, str]:
+    """(name, reason) of the backend that runs this optimizer."""
+    name = opt.defaults.get("backend")
+    if name is not None:
+        return name, "as asked"
+    if _native is None:
+        return "torch", _why_not or ""
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if p.device.type != "cpu":
+                return "torch", f"there is no kernel for {p.device.type} yet"
+            return "cpu", f"parameters are on the CPU; {_native.instruction_set()}, {_native.max_threads()} threads"
+    return "cpu", "no parameters"
+
+
+def run(opt, step: plan.Step) -> None:
+    """Run a step on the backend that `choose` picks: every stage, then the selection if there is one."""
+    update, select = TABLE[choose_name(opt)]
+    prepared = update(opt, step)
+    for p, made in prepared.items():
+        for key in made.new_emas:  # the first update of an average copies the parameter
+            opt.state[p][key].copy_(p)
+    for gs in step.groups:
+        if gs.sparsity is not None:
+            select(opt, gs)
+
+
+def choose_name(opt) -> str:
+    """`choose` without the reason: it is asked at every step."""
+    name = opt.defaults.get("backend")
+    if name is not None:
+        return name
+    first = next((p for group in opt.param_groups for p in group["params"]), None)
+    return "torch" if _native is None or (first is not None and first.device.type != "cpu") else "cpu"
+
+
+# ---- torch ---------------------------------------------------------------------------------------
+
+
+def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
+    wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.grad is not None]
+    prepared = plan.prepare(opt, step, wanting)
+    plan.add_prune_masks(opt, step)
+    reference.run(opt, step, prepared)
+    return prepared
+
+
+# ---- cpu -----------------------------------------------------------------------------------------
+
+
+def _spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple, emas: tuple) -> tuple:
+    """A group as csrc/tensor_table.cpp reads it."""
+    return (
+        params,
+        schema.RULES.index(gs.kernel),
+        slots,
+        counters,
+        emas,
+        gs.hyper,
+        tuple(gs.stage[name] for name in schema.STAGE_SCALARS),
+        gs.group["max_grad_norm"] or 0.0,
+        gs.ema_weights,
+    )
+
+
+def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
+    if opt._table is None:
+        opt._table = _native.TensorTable()
+    table = opt._table
+    specs = [_spec(gs, gs.group["params"], gs.slots, gs.counters, gs.emas) for gs in step.groups]
+    problems = table.gather(specs, opt.state, {}, step.inv_grad_scale)
+    wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
+    prepared = plan.prepare(opt, step, wanting)
+    if plan.add_prune_masks(opt, step) or prepared:
+        grads = {p: (made.grad, made.fresh) for p, made in prepared.items()}
+        if table.gather(specs, opt.state, grads, step.inv_grad_scale):
+            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+    statistics = table.run(opt.defaults["statistics"])
+    if statistics is not None:
+        opt._statistics = statistics
+    torch.autograd.graph.increment_version(table.params())
+    return prepared
+
+
+def _cpu_select(opt, gs: plan.GroupStep) -> None:
+    """Prune the smallest weights. Ties go by row-major index, so a parameter that lies in memory in
+    another order is ranked on a row-major copy."""
+    for params in plan.prune_sets(gs):
+        if not all(p.is_contiguous() for p in params):
+            reference.prune_to_sparsity(opt, gs)
+            return
+    for params in plan.prune_sets(gs):
+        table = _native.TensorTable()
+        specs, grads = [], {}
+        for p in params:  # a parameter may have no gradient, or no state yet
+            has = opt.state[p].__contains__
+            specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
+            grads[p] = (p, False)
+        if table.gather(specs, opt.state, grads, 1.0):
+            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+        done = sum(int(mask.unpack(opt.state[p]["prune_mask"], p.numel()).sum()) for p in params)
+        table.prune_smallest(0, len(params), plan.target(gs, params) - done)
+        torch.autograd.graph.increment_version(params)
+
+
+TABLE: dict[str, tuple[Callable, Callable]] = {
+    "cpu": (_cpu_update, _cpu_select),
+    "torch": (_torch_update, reference.prune_to_sparsity),
+}

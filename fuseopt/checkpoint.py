@@ -1,0 +1,86 @@
+"""state_dict and load_state_dict beyond torch's: stage state keeps its type, and bits travel row-major."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .stages import mask
+
+
+def steps_of(opt) -> int:
+    """The optimizer's step count as its parameters' state tells it, for checkpoints that do not hold it."""
+    counts = [float(s["step"]) for s in opt.state.values() if isinstance(s, dict) and "step" in s]
+    return int(max(counts, default=0))
+
+
+def _is_stage_state(key: str) -> bool:
+    return key.startswith("ema_") or key in ("prune_mask", "mask_keep")
+
+
+def _reordered(state: dict, p: Tensor, to_row_major: bool) -> dict:
+    """A parameter's state with its masks' bits moved between memory order and row-major order."""
+    plain = torch.empty(p.shape, device="meta")
+    here, there = (p, plain) if to_row_major else (plain, p)
+    out = dict(state)
+    if "prune_mask" in state:
+        full = mask.from_memory_order(mask.unpack(state["prune_mask"], p.numel()), here)
+        out["prune_mask"] = mask.pack(mask.flat_in_memory_order(full, there))
+    if "mask_keep" in state:
+        keep = mask.unfold(state, here.to("meta") if to_row_major else plain)
+        bits, out["mask_period"], out["mask_inner"] = mask.fold(keep, there)
+        out["mask_keep"] = mask.pack(bits)
+    return out
+
+
+def _numbered(opt) -> list[Tensor]:
+    """The parameters in the order in which a state_dict numbers them."""
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def outgoing(opt, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Bits in row-major order, so that a checkpoint does not depend on a parameter's memory format."""
+    for k, p in enumerate(_numbered(opt)):
+        state = state_dict["state"].get(k)
+        if isinstance(state, dict) and not p.is_contiguous() and any(key in state for key in ("prune_mask", "mask_keep")):
+            state_dict["state"][k] = _reordered(state, p, to_row_major=True)
+    return state_dict
+
+
+def check(opt, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint fits: groups, numbers of parameters, shapes, kind of state."""
+    saved, own = state_dict["param_groups"], opt.param_groups
+    sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"loaded state dict has parameter groups of sizes {sizes[0]}, the optimizer {sizes[1]}")
+    ids = [k for group in saved for k in group["params"]]
+    groups = [group for group in own for _ in group["params"]]
+    known = {"step", "mu_product", "prune_mask", "momentum_buffer", *mask.STATE_KEYS}
+    for k, p, group in zip(ids, _numbered(opt), groups, strict=True):
+        state = state_dict["state"].get(k)
+        if not isinstance(state, dict) or not state:
+            continue
+        slots = opt.slots(group)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (key in slots or key.startswith("ema_")) and value.shape != p.shape:
+                raise ValueError(f"state {key!r} of parameter {k} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+        foreign = [key for key in state if key not in known and not key.startswith("ema_") and key not in slots]
+        if slots and foreign and not any(key in state for key in slots):
+            raise ValueError(
+                f"state of parameter {k} holds {', '.join(map(repr, foreign))} but none of {', '.join(map(repr, slots))}: "
+                f"the checkpoint is of another optimizer than {type(opt).__name__}"
+            )
+
+
+def restore_types(opt, state_dict: dict[str, Any]) -> None:
+    """Undo torch's cast of stage state to the parameter's type; bring bits into the parameter's order."""
+    ids = [k for group in state_dict["param_groups"] for k in group["params"]]
+    for k, p in zip(ids, _numbered(opt), strict=True):
+        saved = state_dict["state"].get(k)
+        if not isinstance(saved, dict):
+            continue
+        for key, value in saved.items():
+            if isinstance(value, Tensor) and _is_stage_state(key):
+                opt.state[p][key] = value.to(p.device) if key.startswith("ema_") else value.cpu()
+        if not p.is_contiguous():
+            opt.state[p].update(_reordered(opt.state[p], p, to_row_major=False))

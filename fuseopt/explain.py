@@ -1,0 +1,68 @@
+"""`opt.explain()`: what one step does, and the bytes it moves."""
+
+from . import backends
+from .stages import ema, prune
+
+
+class Explanation:
+    """The steady step of an optimizer as it is configured now.
+
+    backend: name of the backend that runs it; why: the reason it was chosen.
+    rows: one dict a parameter group and dtype: group, tensors, elements, dtype, and bytes a step by
+        stream (param, grad, moments, ema, masks, norm).
+    bytes_per_step: their sum, read plus written, over all parameters that are trained.
+    """
+
+    def __init__(self, opt):
+        self.backend, self.why = backends.choose(opt)
+        self.rows = [row for k, group in enumerate(opt.param_groups) for row in _rows(opt, k, group)]
+        self.bytes_per_step = sum(row["bytes"] for row in self.rows)
+
+    def __str__(self) -> str:
+        head = f"{'group':>5} {'dtype':>9} {'tensors':>8} {'elements':>12}" + "".join(f"{s:>9}" for s in STREAMS)
+        lines = [f"backend: {self.backend} ({self.why})", head + f" {'bytes/element':>14}"]
+        for row in self.rows:
+            per = "".join(f"{row[s] / max(row['elements'], 1):>9.4g}" for s in STREAMS)
+            lines.append(
+                f"{row['group']:>5} {row['dtype']:>9} {row['tensors']:>8} {row['elements']:>12,}{per}"
+                f" {row['bytes'] / max(row['elements'], 1):>14.4g}"
+            )
+        lines.append(f"bytes a step: {self.bytes_per_step:,}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+STREAMS = ("param", "grad", "moments", "ema", "masks", "norm")
+
+
+def _rows(opt, k: int, group: dict) -> list[dict]:
+    """A row for each dtype among the trained parameters of a group."""
+    norm = any(g["max_grad_norm"] for g in opt.param_groups)
+    rows: dict = {}
+    for p in group["params"]:
+        if not p.requires_grad and p.grad is None:
+            continue
+        dtype = str(p.dtype).removeprefix("torch.")
+        row = rows.setdefault(dtype, {"group": k, "dtype": dtype, "tensors": 0, "elements": 0} | dict.fromkeys(STREAMS, 0))
+        n, size = p.numel(), p.element_size()
+        row["tensors"] += 1
+        row["elements"] += n
+        row["param"] += 2 * n * size
+        row["grad"] += n * size
+        row["moments"] += 2 * n * size * len(opt.slots(group))
+        row["ema"] += 2 * n * max(size, 4) * len(ema.names(group))
+        row["masks"] += _mask_bytes(opt.state.get(p, {}), group, p)
+        row["norm"] += n * size if norm else 0
+    for row in rows.values():
+        row["bytes"] = sum(row[s] for s in STREAMS)
+    return list(rows.values())
+
+
+def _mask_bytes(state: dict, group: dict, p) -> float:
+    """Bits read (and, with a threshold, written) for the user's mask and the pruned entries."""
+    user = state["mask_period"] / 8 if "mask_keep" in state else 0
+    options = group["prune"]
+    if options is None or not prune.prunable(p):
+        return user
+    return user + p.numel() / 8 * (2 if options["threshold"] is not None else 1)

@@ -1,0 +1,270 @@
+"""FusedOptimizer: what every fuseopt optimizer shares. Data flow of a step:
+
+class in rules/ -> FusedOptimizer.step (closure, step count) -> plan.Step (checks, missing state, scalars
+in double) -> backends (compiled pass or torch reference) -> pruning, if this step selects.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from . import backends, checkpoint, explain, plan
+from .stages import clip, decay, ema, mask, prune
+
+try:  # Python 3.11
+    from typing import Unpack
+except ImportError:  # typing_extensions comes with torch
+    from typing_extensions import Unpack
+
+__all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
+
+
+class StageOptions(TypedDict, total=False):
+    """The keyword options that every optimizer takes beside torch's own; see FusedOptimizer."""
+
+    max_grad_norm: float | None
+    l1: float
+    ema: Any
+    prune: Any
+    statistics: bool
+    backend: str | None
+
+
+GROUP_OPTIONS = {"max_grad_norm": None, "l1": 0.0, "ema": None, "prune": None}
+WHOLE_OPTIONS = {"statistics": False, "backend": None}
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: one pass over memory a step, whatever is switched on.
+
+    Stage options, by keyword on every class; the first four may differ between parameter groups:
+        max_grad_norm: clip the gradient by its global L2 norm over all groups, scaling by
+            min(1, max_grad_norm / (norm + 1e-6)). None (default): no clipping.
+        l1: L1 penalty, coupled or decoupled as weight_decay is. 0 (default): none.
+        ema: fuseopt.EMA, or a list of several: averages of the weights. None (default): none.
+        prune: fuseopt.Prune. None (default): none.
+        statistics: gather the sums that `statistics()` returns. False by default.
+        backend: "cpu" (compiled), "torch" (plain torch operations), or None to choose by device.
+
+    Gradients are read, never written. A rule provides kernel, slots, counters, hyper, update.
+    """
+
+    _step_supports_amp_scaling = True
+    # Remade on demand after unpickling or deepcopy, which keep defaults, state and groups alone.
+    _stage_defaults: dict | None = None
+    _table = None
+    _statistics: Mapping | None = None
+    _swapped = False
+
+    # ---- what a rule provides -------------------------------------------------------------------
+
+    @staticmethod
+    def kernel(group: dict) -> str:
+        """The rule's name in schema.RULES for these options."""
+        raise NotImplementedError
+
+    @staticmethod
+    def slots(group: dict) -> tuple[str, ...]:
+        """State keys of the moments, in the order of the kernel."""
+        raise NotImplementedError
+
+    @staticmethod
+    def counters(group: dict) -> tuple[str, ...]:
+        """State keys of the 0-dim counters, in the order of the kernel."""
+        raise NotImplementedError
+
+    @staticmethod
+    def hyper(group: dict) -> tuple[float, ...]:
+        """The rule's numbers as doubles, in the order of the kernel."""
+        raise NotImplementedError
+
+    @staticmethod
+    def initial(group: dict) -> float:
+        """The value that new moments start from."""
+        return 0.0
+
+    @staticmethod
+    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+        """The formula, in torch: returns the new p; replaces the entries of slot and counter."""
+        raise NotImplementedError
+
+    # ---- construction ---------------------------------------------------------------------------
+
+    def _set_stage_defaults(self, stages: dict, differentiable: bool, **more: Any) -> None:
+        """Validate the stage options; called before torch's constructor looks at the parameters."""
+        if differentiable:
+            raise ValueError(f"{type(self).__name__} does not support differentiable=True; use torch.optim's class")
+        allowed = {**GROUP_OPTIONS, **WHOLE_OPTIONS}
+        for name in stages:
+            if name not in allowed:
+                raise TypeError(
+                    f"{type(self).__name__} got an unknown option {name!r}; beside torch's it takes {', '.join(allowed)}"
+                )
+        defaults = {**allowed, **stages, **more}
+        backends.check_name(defaults["backend"])
+        _normalise(defaults)
+        self._stage_defaults = defaults
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's; the group may also carry max_grad_norm, l1, ema and prune."""
+        if self._stage_defaults is not None:  # during construction
+            self.defaults.update(self._stage_defaults)
+            self.__dict__.pop("_stage_defaults")
+        if isinstance(param_group, dict):
+            for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
+                if name in self.defaults:
+                    param_group.setdefault(name, copy.deepcopy(self.defaults[name]))
+            _normalise(param_group)
+            param_group.setdefault("steps", self._steps())
+        super().add_param_group(param_group)
+        self._statistics = None
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
+                if name in self.defaults:
+                    group.setdefault(name, copy.deepcopy(self.defaults[name]))
+            group.setdefault("steps", checkpoint.steps_of(self))
+
+    def _steps(self) -> int:
+        return max((group.get("steps", 0) for group in self.param_groups), default=0)
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient; returns the closure's loss, if one is given.
+
+        Raises ValueError or TypeError, with nothing changed, if a parameter, gradient or state cannot be
+        stepped; the message names it and the remedy.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._swapped:
+            raise RuntimeError("step() inside swap_ema(): leave the with-block first, or the step would be lost")
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return loss
+        scale = getattr(self, "grad_scale", None)
+        step = plan.Step(self, self._steps() + 1, 1.0 if scale is None else 1.0 / float(scale))
+        backends.run(self, step)
+        for group in self.param_groups:
+            group["steps"] = step.t
+        return loss
+
+    # ---- masks, averages, reports ---------------------------------------------------------------
+
+    def mask(self, param: Tensor | str, keep: Tensor, mode: str = "freeze") -> None:
+        """Restrict the updates of a parameter to the entries where `keep` is True.
+
+        Args:
+            param: the parameter, or its name where the optimizer was given named parameters.
+            keep: boolean tensor that broadcasts to the parameter. Kept unexpanded, at 1 bit an entry.
+                It replaces the parameter's earlier mask; all True removes it.
+            mode: "freeze" keeps the other entries and their moments bit for bit; "grad" only zeroes
+                their gradient, so that decay and momentum still move them.
+
+        Raises TypeError or ValueError for a mask that does not fit, with nothing changed.
+        """
+        group, p, name = plan.find(self, param)
+        entries = mask.new_state(p, keep, mode, name)
+        if self.counters(group) and self.counters(group)[0] not in self.state[p]:
+            plan.complete_state(self, group, p, averages=False)  # torch takes any state for a whole one
+        state = self.state[p]
+        for key in mask.STATE_KEYS:
+            state.pop(key, None)
+        if not bool(keep.all()):
+            state.update(entries)
+
+    def prune_mask(self, param: Tensor | str) -> Tensor | None:
+        """Boolean tensor of the parameter's shape, True where pruned; None where nothing is."""
+        _, p, _ = plan.find(self, param)
+        bits = self.state.get(p, {}).get("prune_mask")
+        return None if bits is None else mask.from_memory_order(mask.unpack(bits, p.numel()), p)
+
+    @contextmanager
+    def swap_ema(self, k: int = 0) -> Iterator[None]:
+        """Within the block the parameters hold average `k`; afterwards their own bits again.
+
+        Parameters without that average (never stepped) are left alone. Raises ValueError if there is no
+        such average at all, RuntimeError when nested.
+        """
+        if self._swapped:
+            raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
+        saved = [(p, p.detach().clone(), average) for p, average in plan.averages(self, k)]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                for p, _, average in saved:
+                    p.copy_(average)
+            yield
+        finally:
+            self._swapped = False
+            with torch.no_grad():
+                for p, own, _ in saved:
+                    p.copy_(own)
+
+    @torch.no_grad()
+    def copy_ema_to(self, model: torch.nn.Module, k: int = 0) -> None:
+        """Write average `k` into the parameters of `model`: the trained model, or another of its kind.
+
+        Another model is matched by name, so the optimizer must have been given named parameters. Raises
+        ValueError, with nothing changed, where that is not so or a name or shape does not match.
+        """
+        pairs = [(target, average) for target, average in plan.match_averages(self, model, k)]
+        for target, average in pairs:
+            target.copy_(average)
+
+    def statistics(self) -> Mapping[str, float]:
+        """The sums of the last step: grad_norm, param_norm, update_norm, zeros, nonfinite.
+
+        See stages/statistics.py. Raises RuntimeError before the first step, or without statistics=True.
+        """
+        if self._statistics is None:
+            why = "no step has been taken yet" if self.defaults["statistics"] else "pass statistics=True"
+            raise RuntimeError(f"no statistics were gathered: {why}")
+        return self._statistics
+
+    def explain(self) -> "explain.Explanation":
+        """What a step does here: backend, tensors and the bytes each stage moves. Prints as a table."""
+        return explain.Explanation(self)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with masks and averages among the state. Tensors, numbers, strings, lists, dicts only."""
+        return checkpoint.outgoing(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`: of this class or of its torch counterpart.
+
+        Averages, masks and counters come back in the type they were kept in. Raises ValueError, with
+        nothing changed, if groups or shapes differ.
+        """
+        kept: dict = {}
+
+        def last_hook(_: Any, final: dict) -> None:  # runs after the user's own, before anything changes
+            checkpoint.check(self, final)
+            kept.update(final)
+
+        hook = self.register_load_state_dict_pre_hook(last_hook)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        checkpoint.restore_types(self, kept)
+
+
+def _normalise(group: dict) -> None:
+    """Validate the stage options of a group and turn them into plain data."""
+    decay.check(group)
+    clip.check(group)
+    ema.normalise(group)
+    prune.normalise(group)

@@ -1,0 +1,95 @@
+"""The plain torch reference of a step: the arithmetic's documentation, the oracle, the backend of last resort.
+
+Everything is computed in fp32 for 16-bit and fp32 parameters and in fp64 for fp64 ones, so a run of it on
+a double copy of a model is the float64 oracle.
+"""
+
+import torch
+from torch import Tensor
+
+from . import plan
+from .schema import compute_dtype
+from .stages import clip, decay, ema, mask, prune, statistics
+
+
+def gradient(p: Tensor, grad: Tensor, keep: Tensor | None, gs: plan.GroupStep) -> Tensor:
+    """Stages 1 to 3: the gradient unscaled, turned for maximize, and zero where masked."""
+    g = clip.unscale(grad.to(compute_dtype(p.dtype)), gs.stage["inv_grad_scale"])
+    g = g * gs.stage["direction"]
+    return g if keep is None else torch.where(keep, g, 0.0)
+
+
+def step_parameter(opt, gs: plan.GroupStep, p: Tensor, g: Tensor, clip_factor: float, fresh: bool) -> None:
+    """Stages 4 to 11 on one parameter and its state, in order. g: from `gradient`."""
+    state, s = opt.state[p], gs.stage
+    kind = compute_dtype(p.dtype)
+    frozen = plan.frozen(opt, p)
+    pruned = opt.prune_mask(p)
+
+    w = p.to(kind)
+    slot = {key: state[key].to(kind) for key in gs.slots}
+    counter = {key: float(state[key]) for key in gs.counters} | {"first": fresh}
+
+    g = clip.clip(g, clip_factor)
+    g = decay.coupled(g, w, s["l2"], s["l1"])
+    w = decay.decoupled(w, s["decay"])
+    w = opt.update(w, g, slot, counter, gs.hyper)
+    w = decay.soft_threshold(w, s["soft_threshold"])
+
+    new = {"p": w.to(p.dtype), **{key: slot[key].to(p.dtype) for key in gs.slots}}
+    if pruned is not None:
+        below = new["p"].to(kind).abs() < s["prune_below"]
+        pruned = pruned | (below if frozen is None else below & ~frozen)
+        state["prune_mask"].copy_(mask.pack(mask.flat_in_memory_order(pruned, p)))
+        new["p"] = prune.apply(new["p"], pruned)
+        if not s["keep_moments"]:
+            new.update({key: prune.apply(new[key], pruned) for key in gs.slots})
+    if frozen is not None:
+        new["p"] = torch.where(frozen, p, new["p"])
+        new.update({key: torch.where(frozen, state[key], new[key]) for key in gs.slots})
+
+    p.copy_(new["p"])
+    for key in gs.slots:
+        state[key].copy_(new[key])
+    for key in gs.counters:
+        state[key].fill_(counter[key])
+    for key, weight in zip(gs.emas, gs.ema_weights, strict=True):
+        state[key].copy_(ema.update(state[key], p.to(kind), weight, pruned))
+
+
+def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """Stages 1 to 12 over every parameter in `prepared`, which holds them all."""
+    todo = []
+    for gs in step.groups:
+        for p in gs.group["params"]:
+            if p in prepared:
+                keep, pruned = mask.unfold(opt.state[p], p), opt.prune_mask(p)
+                g = gradient(p, prepared[p].grad, keep, gs)
+                todo.append((gs, p, g, g if pruned is None else torch.where(pruned, 0.0, g)))
+    clips = any(gs.group["max_grad_norm"] for gs in step.groups)
+    norm = clip.norm(free for _, _, _, free in todo) if clips else 0.0
+    sums = statistics.Sums() if opt.defaults["statistics"] else None
+    for gs, p, g, free in todo:
+        before = p.clone() if sums else None
+        step_parameter(opt, gs, p, g, clip.factor(gs.group["max_grad_norm"], norm), prepared[p].fresh)
+        if sums:
+            sums.add(free, before, p)
+    if sums:
+        opt._statistics = sums.result()
+
+
+def prune_to_sparsity(opt, gs: plan.GroupStep) -> None:
+    """After the update: select the smallest of the new weights and zero them, their moments and averages."""
+    for params in plan.prune_sets(gs):
+        masks = [opt.prune_mask(p) for p in params]
+        held = [plan.frozen(opt, p) for p in params]
+        free = [~m if f is None else ~m & ~f for m, f in zip(masks, held, strict=True)]
+        count = plan.target(gs, params) - sum(int(m.sum()) for m in masks)
+        for p, m, new in zip(params, masks, prune.smallest(params, free, max(count, 0)), strict=True):
+            state = opt.state[p]
+            state["prune_mask"].copy_(mask.pack(mask.flat_in_memory_order(m | new, p)))
+            p.copy_(prune.apply(p, new))
+            cleared = gs.emas if gs.stage["keep_moments"] else gs.slots + gs.emas
+            for key in cleared:
+                if key in state:
+                    state[key].copy_(prune.apply(state[key], new))

@@ -1,0 +1,72 @@
+"""Adagrad (Duchi, Hazan & Singer 2011), as torch defines it."""
+
+import torch
+from torch import Tensor
+
+from ..optimizer import FusedOptimizer, StageOptions, Unpack
+
+
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):
+    """torch.optim.Adagrad in one pass.
+
+    sum = sum + g^2;  p = p - lr/(1 + (t-1)*lr_decay) * g / (sqrt(sum) + eps)
+
+    Arguments are torch's, then decoupled_weight_decay=False and the stage options of FusedOptimizer by
+    keyword. foreach and fused are accepted and change nothing. Raises what torch raises.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **stages: Unpack[StageOptions],
+    ):
+        self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=decoupled_weight_decay)
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            foreach,
+            maximize=maximize,
+            fused=fused,
+        )
+
+    @staticmethod
+    def kernel(group: dict) -> str:
+        return "adagrad"
+
+    @staticmethod
+    def slots(group: dict) -> tuple[str, ...]:
+        return ("sum",)
+
+    @staticmethod
+    def initial(group: dict) -> float:
+        return group["initial_accumulator_value"]
+
+    @staticmethod
+    def counters(group: dict) -> tuple[str, ...]:
+        return ("step",)
+
+    @staticmethod
+    def hyper(group: dict) -> tuple[float, ...]:
+        return float(group["lr"]), float(group["lr_decay"]), float(group["eps"])
+
+    @staticmethod
+    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+        lr, lr_decay, eps = hyper
+        t = counter["step"] = counter["step"] + 1
+        slot["sum"] = total = slot["sum"] + g * g
+        return p - lr / (1 + (t - 1) * lr_decay) * g / (total.sqrt() + eps)

@@ -1,0 +1,83 @@
+"""Lion: sign of an interpolated momentum (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms")."""
+
+import torch
+from torch import Tensor
+
+from ..optimizer import FusedOptimizer, StageOptions, Unpack
+
+
+class Lion(FusedOptimizer):
+    """Lion in one pass; torch has no such class, so its arguments follow torch.optim.AdamW's.
+
+    p = p*(1 - lr*weight_decay);  p = p - lr*sign(m + (1-b1)*(g - m));  m = m + (1-b2)*(g - m)
+
+    sign(0) = 0, so an entry that never had a gradient does not move. Decay is decoupled.
+
+    Args:
+        lr: step size; usual values are 3 to 10 times smaller than AdamW's.
+        betas: (b1, b2), each in [0, 1).
+        weight_decay: decoupled; usual values are 3 to 10 times larger than AdamW's.
+
+    The stage options of FusedOptimizer follow by keyword. foreach, fused and capturable are accepted and
+    change nothing. Raises ValueError for values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **stages: Unpack[StageOptions],
+    ):
+        self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=True)
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not 0.0 <= lr:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        for k, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {k}: {beta}")
+        if not 0.0 <= weight_decay:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": False,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    @staticmethod
+    def kernel(group: dict) -> str:
+        return "lion"
+
+    @staticmethod
+    def slots(group: dict) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    @staticmethod
+    def counters(group: dict) -> tuple[str, ...]:
+        return ()
+
+    @staticmethod
+    def hyper(group: dict) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        return float(group["lr"]), float(beta1), float(beta2)
+
+    @staticmethod
+    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+        lr, beta1, beta2 = hyper
+        m = slot["exp_avg"]
+        slot["exp_avg"] = torch.lerp(m, g, 1 - beta2)
+        return p - lr * torch.sign(torch.lerp(m, g, 1 - beta1))

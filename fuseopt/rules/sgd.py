@@ -1,0 +1,74 @@
+"""Stochastic gradient descent with momentum, dampening and Nesterov's form, as torch defines them."""
+
+import torch
+from torch import Tensor
+
+from ..optimizer import FusedOptimizer, StageOptions, Unpack
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    """torch.optim.SGD in one pass.
+
+    buf = momentum*buf + (1-dampening)*g (at first buf = g);  d = g + momentum*buf if nesterov else buf;
+    p = p - lr*d.  Without momentum d = g and there is no state.
+
+    Arguments are torch's, then decoupled_weight_decay=False and the stage options of FusedOptimizer by
+    keyword. foreach and fused are accepted and change nothing. Raises what torch raises.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **stages: Unpack[StageOptions],
+    ):
+        self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=decoupled_weight_decay)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+        )
+
+    @staticmethod
+    def kernel(group: dict) -> str:
+        return "sgd_momentum" if group["momentum"] else "sgd"
+
+    @staticmethod
+    def slots(group: dict) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    @staticmethod
+    def counters(group: dict) -> tuple[str, ...]:
+        return ()
+
+    @staticmethod
+    def hyper(group: dict) -> tuple[float, ...]:
+        lr = float(group["lr"])
+        if not group["momentum"]:
+            return (lr,)
+        return lr, float(group["momentum"]), float(group["dampening"]), float(group["nesterov"])
+
+    @staticmethod
+    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+        if not slot:
+            return p - hyper[0] * g
+        lr, momentum, dampening, nesterov = hyper
+        buf = g if counter["first"] else momentum * slot["momentum_buffer"] + (1 - dampening) * g
+        slot["momentum_buffer"] = buf
+        return p - lr * (g + momentum * buf if nesterov else buf)

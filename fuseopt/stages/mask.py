@@ -1,0 +1,95 @@
+"""Masks (stages 3 and 9): entries whose gradient is dropped, or which are frozen bit for bit.
+
+A mask is stored as packed bits without expanding it: element i of the parameter, in the order in
+which its memory lies, has bit (i // inner) % period. A row mask of an (R, C) matrix keeps R bits
+(period R, inner C), a column mask C bits, an element mask R*C.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MODES = ("freeze", "grad")
+STATE_KEYS = ("mask_keep", "mask_period", "mask_inner", "mask_mode")
+
+
+def pack(bits: Tensor) -> Tensor:
+    """Boolean tensor -> uint8, 8 a byte from the least significant bit, padded to whole 32-bit words."""
+    packed = np.packbits(bits.reshape(-1).cpu().numpy(), bitorder="little")
+    return torch.from_numpy(np.pad(packed, (0, -len(packed) % 4)))
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """The first n bits of `pack`'s result, as a boolean tensor of shape (n,)."""
+    bits = np.unpackbits(packed.cpu().numpy(), bitorder="little", count=n)
+    return torch.from_numpy(bits.astype(np.bool_))
+
+
+def empty_bits(n: int) -> Tensor:
+    """n zero bits, packed."""
+    return torch.zeros(-(-n // 32) * 4, dtype=torch.uint8)
+
+
+def memory_order(p: Tensor) -> list[int]:
+    """The dimensions of p from outermost to innermost in memory."""
+    return sorted(range(p.dim()), key=lambda d: (-p.stride(d), d))
+
+
+def flat_in_memory_order(x: Tensor, p: Tensor) -> Tensor:
+    """x, of p's shape, as a vector in the order in which p's elements lie in memory."""
+    return x.permute(memory_order(p)).reshape(-1)
+
+
+def from_memory_order(flat: Tensor, p: Tensor) -> Tensor:
+    """The inverse of `flat_in_memory_order`: a tensor of p's shape."""
+    order = memory_order(p)
+    inverse = [order.index(d) for d in range(p.dim())]
+    return flat.reshape([p.shape[d] for d in order]).permute(inverse)
+
+
+def fold(keep: Tensor, p: Tensor) -> tuple[Tensor, int, int]:
+    """(bits, period, inner) of a mask that broadcasts to p, stored no larger than it must be."""
+    order = memory_order(p)
+    aligned = keep.reshape([1] * (p.dim() - keep.dim()) + list(keep.shape)).permute(order)
+    shape = [p.shape[d] for d in order]
+    full = [d for d, size in enumerate(shape) if size > 1 and aligned.shape[d] == size]
+    if not full:  # one bit for the whole tensor
+        return aligned.reshape(-1)[:1], 1, max(p.numel(), 1)
+    first, last = full[0], full[-1]
+    between = [aligned.shape[d] if d in full else shape[d] for d in range(first, last + 1)]
+    inner = math.prod(shape[last + 1 :])
+    expanded = aligned.expand([*aligned.shape[:first], *between, *aligned.shape[last + 1 :]])
+    bits = expanded.reshape(-1)
+    return bits, bits.numel(), inner
+
+
+def unfold(state: dict, p: Tensor) -> Tensor | None:
+    """The user's mask of a parameter as a boolean tensor of its shape; None where it has none."""
+    if "mask_keep" not in state:
+        return None
+    period, inner = state["mask_period"], state["mask_inner"]
+    bits = unpack(state["mask_keep"], period)
+    flat = bits.repeat_interleave(inner).repeat(max(1, p.numel() // max(1, period * inner)))[: p.numel()]
+    return from_memory_order(flat, p).to(p.device)
+
+
+def new_state(p: Tensor, keep: Tensor, mode: str, name: str) -> dict:
+    """The state entries of a mask. Raises TypeError or ValueError on a mask that cannot be meant."""
+    if mode not in MODES:
+        raise ValueError(f"mask of {name}: mode {mode!r} is unknown; use 'freeze' or 'grad'")
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        found = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+        raise TypeError(f"mask of {name}: keep is {found}; give a boolean tensor, True where it may change")
+    try:
+        fits = torch.broadcast_shapes(keep.shape, p.shape) == p.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask of {name}: keep has shape {tuple(keep.shape)}, which does not broadcast to the "
+            f"parameter's {tuple(p.shape)}; add axes, as in keep[:, None] for rows"
+        )
+    bits, period, inner = fold(keep, p)
+    return {"mask_keep": pack(bits), "mask_period": period, "mask_inner": inner, "mask_mode": mode}

@@ -1,0 +1,121 @@
+"""Pruning (stage 10): the smallest weights become +0.0 and stay so.
+
+A pruning step updates first, then selects on the new weights, then zeroes: no forward pass ever sees a
+weight that should be gone. Between pruning steps the mask rides in the update pass.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("cubic", "linear", "once")
+SCOPES = ("global", "tensor")
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Prunes the smallest weights to a sparsity, or everything below a threshold.
+
+    Args:
+        sparsity: the share of zeros to reach, in [0, 1). Exactly round(sparsity * n) entries are
+            pruned, the smallest by (|p|, parameter order, flat index), n being all entries of the
+            prunable parameters; frozen entries count in n and are never chosen.
+        threshold: instead of a sparsity, prune |p| < threshold at every step from `begin` on.
+        scope: "global" ranks all prunable parameters of the group together, "tensor" each alone.
+        schedule: how sparsity grows from 0 between `begin` and `end`: "cubic", s*(1 - (1 - x)**3) as
+            in Zhu & Gupta 2017; "linear", s*x; "once", s at `begin`. x runs from 0 to 1.
+        begin, end, every: acts at the steps t (from 1) with begin <= t <= end and
+            (t - begin) % every == 0. end=None acts once, at `begin`, to the full sparsity.
+        moments: "zero" clears the optimizer's state of pruned entries, "keep" leaves it running.
+
+    By default floating parameters with two or more dimensions are pruned; a parameter group with
+    prune=None leaves its own alone. Masks only grow. Raises ValueError for values outside these.
+    """
+
+    sparsity: float | None = None
+    threshold: float | None = None
+    scope: str = "global"
+    schedule: str = "cubic"
+    begin: int = 1
+    end: int | None = None
+    every: int = 1
+    moments: str = "zero"
+
+    def __post_init__(self):
+        if (self.sparsity is None) == (self.threshold is None):
+            raise ValueError("Invalid Prune: give either a sparsity or a threshold")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"Invalid sparsity: {self.sparsity!r}; give a number in [0, 1)")
+        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"Invalid threshold: {self.threshold!r}; give a finite number >= 0")
+        _one_of("scope", self.scope, SCOPES)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("moments", self.moments, ("zero", "keep"))
+        for name in ("begin", "every") + (("end",) if self.end is not None else ()):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Invalid Prune {name}: {value!r}; give a whole number of steps, at least 1")
+        if self.end is not None and self.end < self.begin:
+            raise ValueError(f"Invalid Prune end: {self.end}; it lies before begin={self.begin}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Invalid Prune {name}: {value!r}; use one of {', '.join(map(repr, allowed))}")
+
+
+def sparsity_at(options: dict | None, t: int) -> float | None:
+    """The sparsity to prune to at step t; None at steps that do not select."""
+    if options is None or options["sparsity"] is None:
+        return None
+    begin, s = options["begin"], options["sparsity"]
+    end = begin if options["end"] is None or options["schedule"] == "once" else options["end"]
+    if not begin <= t <= end or (t - begin) % options["every"]:
+        return None
+    x = 1.0 if end == begin else (t - begin) / (end - begin)
+    return s * x if options["schedule"] == "linear" else s * (1 - (1 - x) ** 3)
+
+
+def threshold_at(options: dict | None, t: int) -> float:
+    """The threshold in force at step t; 0, which prunes nothing, where there is none."""
+    if options is None or options["threshold"] is None or t < options["begin"]:
+        return 0.0
+    return float(options["threshold"])
+
+
+def prunable(p: Tensor) -> bool:
+    """Whether pruning applies to a parameter: floating, at least two dimensions, being trained."""
+    return p.requires_grad and p.is_floating_point() and p.dim() >= 2
+
+
+def smallest(weights: list[Tensor], candidates: list[Tensor], count: int) -> list[Tensor]:
+    """The reference of the selection: boolean masks of the `count` smallest candidates.
+
+    Ranked by (|p| as fp32, order in the list, flat row-major index). Shapes as `weights`.
+    """
+    magnitude = torch.cat([w.detach().float().abs().reshape(-1) for w in weights])
+    free = torch.cat([c.reshape(-1) for c in candidates])
+    index = free.nonzero().squeeze(1)
+    chosen = torch.zeros_like(free)
+    chosen[index[torch.sort(magnitude[index], stable=True).indices[:count]]] = True
+    parts = chosen.split([w.numel() for w in weights])
+    return [part.reshape(w.shape) for part, w in zip(parts, weights, strict=True)]
+
+
+def apply(x: Tensor, pruned: Tensor) -> Tensor:
+    """+0.0 where pruned."""
+    return torch.where(pruned, 0.0, x)
+
+
+def normalise(group: dict) -> None:
+    """Turn group["prune"] (None, Prune or dict) into None or a plain dict, validated."""
+    given = group["prune"]
+    if given is None:
+        return
+    if not isinstance(given, (Prune, dict)):
+        raise TypeError(f"Invalid prune: {given!r}; give fuseopt.Prune(sparsity) or None")
+    try:
+        group["prune"] = asdict(given if isinstance(given, Prune) else Prune(**given))
+    except TypeError as error:
+        raise TypeError(f"Invalid prune: {given!r}; {error}") from None
