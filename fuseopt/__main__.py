@@ -12,7 +12,9 @@ def _finetune(argv):
     return main(argv)
 
 
-COMMANDS = {"finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step")}
+COMMANDS = {
+    "finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step")
+}
 
 
 def main(argv=None):
@@ -23,7 +25,7 @@ def main(argv=None):
     commands = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fuseopt",
-        description="Fused PyTorch optimizers: decay, the rule, EMA, masks, pruning and clipping in one pass over memory.",
+        description="Fused PyTorch optimizers: masks, clipping, decay, pruning and EMA in one pass.",
         epilog=f"commands:\n{commands}\n\n`fuseopt COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

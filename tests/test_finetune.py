@@ -22,11 +22,15 @@ from fuseopt.finetune.data import embedded_digits  # noqa: E402
 from fuseopt.finetune.model import EMBEDDED, DigitNet  # noqa: E402
 
 SHORT = (
-    "--max_steps 24 --prune_begin 5 --prune_end 17 --prune_every 4 --eval_steps 6 --save_steps 8 --logging_steps 3 "
-    "--compare_steps 0 --verify_every 6 --disable_tqdm true"
+    "--max_steps 24 --prune_begin 5 --prune_end 17 --prune_every 4 --eval_steps 6 --save_steps 8 "
+    "--logging_steps 3 --compare_steps 0 --verify_every 6 --disable_tqdm true"
 ).split()
 OUTPUTS = {
-    "model.safetensors", "model_ema.safetensors", "metrics.json", "classification_report.txt", "verification.txt",
+    "model.safetensors",
+    "model_ema.safetensors",
+    "metrics.json",
+    "classification_report.txt",
+    "verification.txt",
     "plot.png",
 }
 
@@ -90,7 +94,9 @@ def test_same_command_same_bits(whole, tmp_path):
     same_bits(whole, tmp_path / "again")
 
 
-@pytest.mark.parametrize("step", [4, 8, 21])  # inside an epoch, where a checkpoint is due anyway, at an epoch's end
+@pytest.mark.parametrize(
+    "step", [4, 8, 21]
+)  # inside an epoch, where a checkpoint is due anyway, at an epoch's end
 def test_interrupted_and_resumed_ends_with_the_same_bits(whole, tmp_path, monkeypatch, capsys, step):
     def interrupt(self, args, state, control, **kwargs):
         if state.global_step == step - 1:
@@ -122,9 +128,13 @@ def test_a_real_interrupt_of_a_real_process(tmp_path):
     options = "--max_steps 300 --save_steps 20 --compare_steps 0 --verify_every 50 --output_dir".split()
     command = [sys.executable, "-m", "fuseopt", "finetune", *options]
     folder = tmp_path / "stopped"
-    with subprocess.Popen([*command, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + 120
-        while not (folder / "checkpoint-40").exists() and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (folder / "checkpoint-40").exists() and process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
@@ -140,14 +150,19 @@ def test_a_real_interrupt_of_a_real_process(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "nadam", "adagrad", "lion"])
 def test_every_optimizer(tmp_path, optimizer):
     rate = {"sgd": 0.01, "adagrad": 0.01, "lion": 1e-4}.get(optimizer, 1e-3)
-    assert finetune(tmp_path / "run", "--optimizer", optimizer, "--learning_rate", rate, "--compare_steps", 3) == 0
+    assert (
+        finetune(tmp_path / "run", "--optimizer", optimizer, "--learning_rate", rate, "--compare_steps", 3)
+        == 0
+    )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["sparsity"]["raw_zeros"] == metrics["sparsity"]["asked"]
     assert ("ratio" in metrics["step"]) == (optimizer != "lion"), metrics["step"]
 
 
 def test_stages_off(tmp_path):
-    off = "--sparsity 0 --ema_decay 0 --freeze none --max_grad_norm 0 --weight_decay 0 --verify_every 0".split()
+    off = (
+        "--sparsity 0 --ema_decay 0 --freeze none --max_grad_norm 0 --weight_decay 0 --verify_every 0".split()
+    )
     assert finetune(tmp_path / "run", *off) == 0
     files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert files == OUTPUTS - {"model_ema.safetensors", "verification.txt"} | {"options.json"}

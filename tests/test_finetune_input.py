@@ -1,4 +1,4 @@
-"""`fuseopt finetune` with bad input: exit status 2, one line on stderr that names the thing, nothing written."""
+"""`fuseopt finetune` with bad input: exit status 2, one line that names the thing, nothing written."""
 
 import importlib.util
 import pickle
@@ -19,28 +19,63 @@ from fuseopt.finetune.model import EMBEDDED  # noqa: E402
 
 # Options, and what the line must name. {x} is a file that `files` makes.
 CASES = [
-    ("--sparsity 1.5", "sparsity"), ("--sparsity 1", "sparsity"), ("--sparsity -0.1", "sparsity"),
-    ("--sparsity nan", "sparsity"), ("--ema_decay 1.5", "decay"), ("--ema_decay -1", "decay"),
-    ("--optimizer adamax", "adamax"), ("--ema_warmup slow", "slow"), ("--backend cuda9", "cuda9"),
-    ("--learning_rate -1", "-1"), ("--learning_rate nan", "nan"), ("--learning_rate fast", "fast"),
-    ("--weight_decay -0.1", "-0.1"), ("--max_grad_norm -1", "-1"), ("--l1 -1", "l1"), ("--adam_beta1 1.5", "1.5"),
+    ("--sparsity 1.5", "sparsity"),
+    ("--sparsity 1", "sparsity"),
+    ("--sparsity -0.1", "sparsity"),
+    ("--sparsity nan", "sparsity"),
+    ("--ema_decay 1.5", "decay"),
+    ("--ema_decay -1", "decay"),
+    ("--optimizer adamax", "adamax"),
+    ("--ema_warmup slow", "slow"),
+    ("--backend cuda9", "cuda9"),
+    ("--learning_rate -1", "-1"),
+    ("--learning_rate nan", "nan"),
+    ("--learning_rate fast", "fast"),
+    ("--weight_decay -0.1", "-0.1"),
+    ("--max_grad_norm -1", "-1"),
+    ("--l1 -1", "l1"),
+    ("--adam_beta1 1.5", "1.5"),
     ("--optimizer sgd --momentum -1", "-1"),
-    ("--prune_beginn 3", "--prune_begin?"), ("--sparcity 0.5", "--sparsity?"), ("surplus", "surplus"),
-    ("--prune_begin 0", "0"), ("--prune_end 10000", "10000"), ("--prune_begin 10 --prune_end 5", "10 to 5"),
-    ("--prune_begin 10 --prune_end 25", "25"), ("--prune_every 0", "--prune_every"),
-    ("--freeze nothing.*", "nothing.*"), ("--freeze *", "*"), ("--verify_every -1", "--verify_every"),
-    ("--compare_steps -1", "--compare_steps"), ("--num_train_epochs 0", "--num_train_epochs"),
-    ("--num_train_epochs inf", "--num_train_epochs"), ("--per_device_train_batch_size 0", "batch_size"),
-    ("--seed -1", "eed"), ("--optim sgd", "--optim"), ("--load_best_model_at_end", "--load_best_model_at_end"),
-    ("--save_strategy best", "metric_for_best_model"), ("--warmup_steps -4", "warmup_steps"),
-    ("--pretrained {missing}", "missing"), ("--pretrained {truncated}", "truncated"), ("--pretrained {empty}", "empty"),
-    ("--pretrained {pickled}", "pickled"), ("--pretrained {reshaped}", "body.0.weight"),
-    ("--pretrained {lacking}", "neck.1.bias"), ("--pretrained {other}", "extra"), ("--pretrained {nan}", "stem.0.bias"),
-    ("--data {missing}", "missing"), ("--data {pickled}", "pickled"), ("--data {empty}", "empty"),
-    ("--data {unlabelled}", "labels"), ("--data {flat}", "flat"), ("--data {uneven}", "labels"),
-    ("--data {single}", "classes"), ("--data {color}", "stem.0.weight"), ("--data {objects}", "objects"),
+    ("--prune_beginn 3", "--prune_begin?"),
+    ("--sparcity 0.5", "--sparsity?"),
+    ("surplus", "surplus"),
+    ("--prune_begin 0", "0"),
+    ("--prune_end 10000", "10000"),
+    ("--prune_begin 10 --prune_end 5", "10 to 5"),
+    ("--prune_begin 10 --prune_end 25", "25"),
+    ("--prune_every 0", "--prune_every"),
+    ("--freeze nothing.*", "nothing.*"),
+    ("--freeze *", "*"),
+    ("--verify_every -1", "--verify_every"),
+    ("--compare_steps -1", "--compare_steps"),
+    ("--num_train_epochs 0", "--num_train_epochs"),
+    ("--num_train_epochs inf", "--num_train_epochs"),
+    ("--per_device_train_batch_size 0", "batch_size"),
+    ("--seed -1", "eed"),
+    ("--optim sgd", "--optim"),
+    ("--load_best_model_at_end", "--load_best_model_at_end"),
+    ("--save_strategy best", "metric_for_best_model"),
+    ("--warmup_steps -4", "warmup_steps"),
+    ("--pretrained {missing}", "missing"),
+    ("--pretrained {truncated}", "truncated"),
+    ("--pretrained {empty}", "empty"),
+    ("--pretrained {pickled}", "pickled"),
+    ("--pretrained {reshaped}", "body.0.weight"),
+    ("--pretrained {lacking}", "neck.1.bias"),
+    ("--pretrained {other}", "extra"),
+    ("--pretrained {nan}", "stem.0.bias"),
+    ("--data {missing}", "missing"),
+    ("--data {pickled}", "pickled"),
+    ("--data {empty}", "empty"),
+    ("--data {unlabelled}", "labels"),
+    ("--data {flat}", "flat"),
+    ("--data {uneven}", "labels"),
+    ("--data {single}", "classes"),
+    ("--data {color}", "stem.0.weight"),
+    ("--data {objects}", "objects"),
     ("--data {infinite}", "NaN"),
-    ("--resume_from_checkpoint", "checkpoint"), ("--resume_from_checkpoint {missing}", "missing"),
+    ("--resume_from_checkpoint", "checkpoint"),
+    ("--resume_from_checkpoint {missing}", "missing"),
 ]
 
 
@@ -58,8 +93,10 @@ def files(tmp_path_factory):
     save_file(tensors | {"stem.0.bias": torch.full((32,), float("nan"))}, folder / "nan")
     images, labels = np.ones((20, 8, 8)), np.arange(20) % 2
     arrays = {
-        "unlabelled": {"images": images}, "flat": {"images": images[0, 0], "labels": labels},
-        "uneven": {"images": images, "labels": labels[:-1]}, "single": {"images": images, "labels": 0 * labels},
+        "unlabelled": {"images": images},
+        "flat": {"images": images[0, 0], "labels": labels},
+        "uneven": {"images": images, "labels": labels[:-1]},
+        "single": {"images": images, "labels": 0 * labels},
         "color": {"images": np.ones((20, 3, 8, 8)), "labels": labels},
         "objects": {"images": np.array([None] * 20), "labels": labels},
         "infinite": {"images": images * np.inf, "labels": labels},
@@ -125,7 +162,16 @@ def test_an_extra_that_is_not_installed(monkeypatch, capsys):
 
 
 def test_the_process_says_one_line(tmp_path):
-    command = [sys.executable, "-m", "fuseopt", "finetune", "--sparsity", "2", "--output_dir", tmp_path / "run"]
+    command = [
+        sys.executable,
+        "-m",
+        "fuseopt",
+        "finetune",
+        "--sparsity",
+        "2",
+        "--output_dir",
+        tmp_path / "run",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
@@ -133,7 +179,8 @@ def test_the_process_says_one_line(tmp_path):
 
 def test_help(capsys):
     for arguments, words in (
-        (["--help"], ["finetune", "--version"]), (["finetune", "--help"], ["--sparsity", "--learning_rate", "--help_all"]),
+        (["--help"], ["finetune", "--version"]),
+        (["finetune", "--help"], ["--sparsity", "--learning_rate", "--help_all"]),
         (["finetune", "--help_all"], ["--dataloader_num_workers"]),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -20,7 +20,9 @@ def main(argv=None):
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        print(f"fuseopt finetune: {names} not installed: run pip install 'fuseopt[finetune]'", file=sys.stderr)
+        print(
+            f"fuseopt finetune: {names} not installed: run pip install 'fuseopt[finetune]'", file=sys.stderr
+        )
         return 2
     from fuseopt.finetune.cli import main as run
 

@@ -1,10 +1,9 @@
-"""`fuseopt finetune`: bad input becomes exit status 2 and one line; everything is checked before anything is written."""
+"""`fuseopt finetune`: what is wrong is found before anything is written, and said in one line."""
 
 import dataclasses
 import math
 import sys
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -21,8 +20,10 @@ from fuseopt.finetune.train import FusedTrainer, build_optimizer, frozen_names, 
 class Run:
     """A run whose every part has been checked.
 
-    frozen: {parameter: its pretrained value}. build: function of a model that makes the same optimizer over it.
-    resolved: what decides the bits, as plain data. checkpoint: the folder that it continues from, or None.
+    frozen: {parameter: its pretrained value}.
+    build: function of a model that makes the same optimizer over it.
+    resolved: what decides the bits, as plain data.
+    checkpoint: the folder that it continues from, or None.
     """
 
     options: Options
@@ -33,9 +34,9 @@ class Run:
     frozen: dict
     build: Callable
     resolved: dict
-    checkpoint: Optional[str]
-    trainer: Optional[FusedTrainer] = None
-    ema_model: Optional[DigitNet] = None
+    checkpoint: str | None
+    trainer: FusedTrainer | None = None
+    ema_model: DigitNet | None = None
 
 
 def main(argv=None):
@@ -65,7 +66,9 @@ def prepare(options, args):
             raise ValueError(f"--{name} must be 0 or more, found {getattr(options, name)}")
     set_seed(args.seed)
     data = load_npz(options.data, args.seed) if options.data else embedded_digits(5, 9, args.seed)
-    model = load_pretrained(options.pretrained or EMBEDDED, len(data.names), data.image_shape[0]).to(args.device)
+    model = load_pretrained(options.pretrained or EMBEDDED, len(data.names), data.image_shape[0]).to(
+        args.device
+    )
     _set_steps(args, len(data.train))
     prune, max_grad_norm = prune_schedule(options, args.max_steps), args.max_grad_norm
     args.max_grad_norm = 0.0  # the optimizer clips in its own pass, the Trainer must not
@@ -87,7 +90,7 @@ def prepare(options, args):
 
 
 def _set_steps(args, images):
-    """Fix max_steps, so that schedules can be laid out before the Trainer exists; counts as the Trainer counts."""
+    """Fix max_steps before the Trainer exists, counting as it counts, so that schedules can be laid out."""
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be 1 or more, found {getattr(args, name)}")
@@ -118,4 +121,5 @@ def _interrupted(output_dir):
     found = output_dir and folder.last_checkpoint(output_dir)
     if not found:
         return f"{PROG}: interrupted before the first checkpoint"
-    return f"{PROG}: interrupted; last checkpoint: {found}; continue with the same command and --resume_from_checkpoint"
+    again = "continue with the same command and --resume_from_checkpoint"
+    return f"{PROG}: interrupted; last checkpoint: {found}; {again}"

@@ -1,4 +1,4 @@
-"""One optimizer step, ours beside the same step as a torch recipe of separate passes, on copies of the run's model."""
+"""One step of the run's optimizer beside the same step as a torch recipe of separate passes."""
 
 import copy
 import inspect
@@ -11,7 +11,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fuseopt.finetune.train import prunable
 
 TORCH_CLASSES = {
-    "adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "nadam": torch.optim.NAdam,
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "nadam": torch.optim.NAdam,
     "adagrad": torch.optim.Adagrad,
 }
 CHECKED_STEPS = 3
@@ -22,8 +25,8 @@ WARMUP_STEPS = 20
 def compare(run, batch_size=32):
     """Time `compare_steps` steps of each, alternated, after checking that both give the same weights.
 
-    Returns plain data: milliseconds (median and quartiles), bytes moved a step, their ratio with quartiles; or
-    {"skipped": reason}.
+    Returns plain data: milliseconds (median and quartiles), bytes moved a step, their ratio with
+    quartiles; or {"skipped": reason}.
     """
     options = run.options
     if not options.compare_steps:
@@ -34,13 +37,22 @@ def compare(run, batch_size=32):
     gradients = _gradients(run, batch_size)
     difference = _difference(ours, recipe, gradients)
     if not difference <= TOLERANCE * run.args.learning_rate:
-        return {"skipped": f"the two differ by {difference:.1e} after {CHECKED_STEPS} steps", "difference": difference}
+        return {
+            "skipped": f"the two differ by {difference:.1e} after {CHECKED_STEPS} steps",
+            "difference": difference,
+        }
     times = _alternate(ours, recipe, gradients, options.compare_steps)
     ratio = times[1] / times[0]
     return {
         "fuseopt": {**_spread(times[0] * 1e3, "ms"), "bytes": ours.bytes_per_step()},
-        "torch": {**_spread(times[1] * 1e3, "ms"), "bytes": sum(recipe.passes().values()), "passes": recipe.passes()},
-        "ratio": _spread(ratio, "ratio"), "difference": difference, "steps": options.compare_steps,
+        "torch": {
+            **_spread(times[1] * 1e3, "ms"),
+            "bytes": sum(recipe.passes().values()),
+            "passes": recipe.passes(),
+        },
+        "ratio": _spread(ratio, "ratio"),
+        "difference": difference,
+        "steps": options.compare_steps,
         "threads": torch.get_num_threads(),
     }
 
@@ -117,23 +129,26 @@ class Recipe:
         return list(self.average.module.parameters()) if self.average else []
 
     def passes(self):
-        """Bytes that each pass moves: 1 for an entry of a boolean mask, 4 for every float32 read or written."""
+        """Bytes that each pass moves: 1 for a boolean mask's entry, 4 for a float32 read or written."""
         free, masked = sum(p.numel() for p in self.free), sum(p.numel() for p, _ in self.masks)
         slots = len([v for v in self.optimizer.state[self.free[0]].values() if v.shape == self.free[0].shape])
         everything = sum(p.numel() for p in self.model.parameters())
         return {
-            "gradient mask": 9 * masked, "norm and clip": 12 * free if self.max_grad_norm else 0,
-            "optimizer": 4 * (3 + 2 * slots) * free, "weight mask": 9 * masked,
+            "gradient mask": 9 * masked,
+            "norm and clip": 12 * free if self.max_grad_norm else 0,
+            "optimizer": 4 * (3 + 2 * slots) * free,
+            "weight mask": 9 * masked,
             "average": 12 * everything if self.average else 0,
         }
 
 
 def _torch_optimizer(run, groups, copies):
-    """torch's optimizer over the copies, fused where torch has that, with the moments of the run's optimizer."""
+    """torch's optimizer over the copies, fused where torch has that, with the moments of the run's."""
     kind = TORCH_CLASSES[run.options.optimizer]
     names = set(inspect.signature(kind).parameters) - {"params", "foreach", "fused"}
     plain = [
-        {"params": [copies[p] for p in g["params"]], **{k: v for k, v in g.items() if k in names}} for g in groups
+        {"params": [copies[p] for p in g["params"]], **{k: v for k, v in g.items() if k in names}}
+        for g in groups
     ]
     for group in plain:
         group["lr"] = run.args.learning_rate
@@ -143,7 +158,8 @@ def _torch_optimizer(run, groups, copies):
         if any(q is free for g in plain for free in g["params"]):
             state = run.optimizer.state[p]
             optimizer.state[q] = {
-                k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()
+                k: v.clone() if torch.is_tensor(v) else v
+                for k, v in state.items()
                 if not k.startswith(("ema_", "prune_", "mask_"))
             }
     return optimizer
@@ -171,7 +187,10 @@ def _difference(ours, recipe, gradients):
     """The greatest difference of any weight or averaged weight after a few steps of each."""
     for _ in range(CHECKED_STEPS):
         _step(ours, gradients), _step(recipe, gradients)
-    pairs = [*zip(ours.model.parameters(), recipe.model.parameters()), *zip(ours.averages(), recipe.averages())]
+    pairs = [
+        *zip(ours.model.parameters(), recipe.model.parameters()),
+        *zip(ours.averages(), recipe.averages()),
+    ]
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 

@@ -13,7 +13,7 @@ TEST_SHARE = 0.25
 
 @dataclasses.dataclass
 class Data:
-    """Two lists of {"images": float32 (C, H, W), "labels": int}, and the classes' names in the order of the labels."""
+    """Two lists of {"images": float32 (C, H, W), "labels": int}, and the names of the classes by label."""
 
     train: list
     test: list
@@ -40,7 +40,9 @@ def load_npz(path, seed):
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
     except KeyError as error:
-        raise ValueError(f"--data {path}: the arrays 'images' and 'labels' are needed: {error.args[0]}") from error
+        raise ValueError(
+            f"--data {path}: the arrays 'images' and 'labels' are needed: {error.args[0]}"
+        ) from error
     except FileNotFoundError as error:
         raise ValueError(f"--data {path}: there is no such file") from error
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
@@ -75,7 +77,9 @@ def _split(images, labels, seed):
     classes, targets = np.unique(labels, return_inverse=True)
     parts = train_test_split(images, targets, test_size=TEST_SHARE, stratify=targets, random_state=seed)
     train_images, test_images, train_targets, test_targets = parts
-    return Data(_rows(train_images, train_targets), _rows(test_images, test_targets), [str(c) for c in classes])
+    return Data(
+        _rows(train_images, train_targets), _rows(test_images, test_targets), [str(c) for c in classes]
+    )
 
 
 def _rows(images, targets):

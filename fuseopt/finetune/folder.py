@@ -13,14 +13,30 @@ from transformers.trainer_utils import sort_checkpoints
 
 OPTIONS_FILE = "options.json"
 OUTPUTS = (
-    "model.safetensors", "model_ema.safetensors", "metrics.json", "classification_report.txt", "verification.txt",
-    "plot.png", OPTIONS_FILE,
+    "model.safetensors",
+    "model_ema.safetensors",
+    "metrics.json",
+    "classification_report.txt",
+    "verification.txt",
+    "plot.png",
+    OPTIONS_FILE,
 )
 
 # What a resumed run must have in common with the run that it continues.
 TRAINER_OPTIONS = (
-    "learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "max_steps",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
 )
 FREE_OPTIONS = ("backend", "verify_every", "compare_steps", "overwrite")
 
@@ -42,8 +58,8 @@ def checkpoint_to_resume(args, options):
     if wanted is None:
         if folder.exists() and any(folder.iterdir()) and not options.overwrite:
             raise ValueError(
-                f"--output_dir {folder} is not empty: pass --resume_from_checkpoint to continue the run in it, "
-                "or --overwrite to replace it"
+                f"--output_dir {folder} is not empty: pass --resume_from_checkpoint to continue the run in "
+                "it, or --overwrite to replace it"
             )
         return None
     if wanted != "last":
@@ -69,8 +85,11 @@ def last_checkpoint(folder):
 def _check(checkpoint):
     """Read every file of a checkpoint; raises ValueError that names the first that is missing or damaged."""
     readers = {
-        "model.safetensors": load_file, "optimizer.pt": _load, "scheduler.pt": _load,
-        "rng_state.pth": lambda path: path.read_bytes(), "trainer_state.json": lambda path: json.loads(path.read_text()),
+        "model.safetensors": load_file,
+        "optimizer.pt": _load,
+        "scheduler.pt": _load,
+        "rng_state.pth": lambda path: path.read_bytes(),
+        "trainer_state.json": lambda path: json.loads(path.read_text()),
     }
     for name, read in readers.items():
         path = Path(checkpoint) / name
@@ -87,7 +106,7 @@ def _load(path):
 
 
 def restore(checkpoint, model, optimizer, resolved):
-    """Load a checkpoint's weights and optimizer state; the Trainer does it again, this is where it may be refused.
+    """Load a checkpoint's weights and optimizer state. The Trainer does it again; here it may be refused.
 
     Raises ValueError when the run was started with another option, or has another model.
     """
@@ -96,18 +115,20 @@ def restore(checkpoint, model, optimizer, resolved):
     for name, value in json.loads(json.dumps(resolved)).items():
         if before.get(name) != value:
             raise ValueError(
-                f"--resume_from_checkpoint {checkpoint}: the run was started with --{name} {before.get(name)}, "
-                f"now it is {value}: repeat the same command"
+                f"--resume_from_checkpoint {checkpoint}: the run was started with --{name} "
+                f"{before.get(name)}, now it is {value}: repeat the same command"
             )
     try:
         model.load_state_dict(load_file(Path(checkpoint) / "model.safetensors"))
         optimizer.load_state_dict(_load(Path(checkpoint) / "optimizer.pt"))
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"--resume_from_checkpoint {checkpoint}: it does not fit this model: {error}") from error
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: it does not fit this model: {error}"
+        ) from error
 
 
 def open_output(folder, resolved):
-    """Make the output folder for a fresh run: an earlier run's files go, any other file stays. Raises OSError."""
+    """Clear the output folder for a fresh run: the files of an earlier one go, any other stays."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for checkpoint in sort_checkpoints(str(folder)):

@@ -13,24 +13,30 @@ EMBEDDED = Path(__file__).with_name("digits_0_4.safetensors")
 class DigitNet(nn.Module):
     """About 98,000 parameters for images (N, channels, H, W), float32, H and W at least 4.
 
-    stem (two convolutions) - body (two convolutions) - neck (one linear layer, dropout) - head (one linear layer).
+    stem and body (two convolutions each) - neck (a linear layer and dropout) - head (a linear layer).
     """
 
     def __init__(self, classes, channels=1, dropout=0.1):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
         )
         self.body = nn.Sequential(
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
         )
         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(256, 128), nn.ReLU(), nn.Dropout(dropout))
         self.head = nn.Linear(128, classes)
 
     def forward(self, images, labels=None):
-        """Return {"logits": (N, classes)}, with "loss" (mean cross entropy) in front where labels are given."""
+        """Return {"logits": (N, classes)}, behind "loss" (mean cross entropy) where labels are given."""
         logits = self.head(self.neck(self.body(self.stem(images))))
         if labels is None:
             return {"logits": logits}
@@ -47,15 +53,21 @@ def load_pretrained(path, classes, channels):
     body = {name: p for name, p in model.state_dict().items() if not name.startswith("head.")}
     for name, p in body.items():
         if name not in tensors:
-            raise ValueError(f"--pretrained {path}: tensor {name!r} is missing: this is not a DigitNet checkpoint")
+            raise ValueError(
+                f"--pretrained {path}: tensor {name!r} is missing: this is not a DigitNet checkpoint"
+            )
         if tensors[name].shape != p.shape:
             found, expected = tuple(tensors[name].shape), tuple(p.shape)
-            raise ValueError(f"--pretrained {path}: {name!r} has shape {found}, this model and data need {expected}")
+            raise ValueError(
+                f"--pretrained {path}: {name!r} has shape {found}, this model and data need {expected}"
+            )
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"--pretrained {path}: {name!r} contains NaN or infinite values")
     unknown = [name for name in tensors if name not in body and not name.startswith("head.")]
     if unknown:
-        raise ValueError(f"--pretrained {path}: unknown tensor {unknown[0]!r}: this is not a DigitNet checkpoint")
+        raise ValueError(
+            f"--pretrained {path}: unknown tensor {unknown[0]!r}: this is not a DigitNet checkpoint"
+        )
     model.load_state_dict({name: tensors[name] for name in body}, strict=False)
     return model
 

@@ -3,19 +3,20 @@
 import argparse
 import dataclasses
 import difflib
-from typing import Literal, Optional
+from typing import Literal
 
 from transformers import HfArgumentParser, TrainingArguments
 
 PROG = "fuseopt finetune"
 
 DESCRIPTION = """
-Load a pretrained model, replace its head, and fine-tune it with a fused optimizer: decay, the rule, EMA, freeze
-masks, pruning and clipping in one pass, each step repeated by separate torch passes and compared. Without options:
-a small network pretrained on the digits 0-4 (embedded) learns the digits 5-9 with a frozen stem, 80% pruning and an
-EMA, in about a minute. Writes model.safetensors, model_ema.safetensors, metrics.json, classification_report.txt,
-verification.txt and plot.png to --output_dir. Exit status: 0 done, 1 the verification failed, 2 bad input,
-130 interrupted (the same command with --resume_from_checkpoint ends with the same bits).
+Load a pretrained model, replace its head, and fine-tune it with a fused optimizer: clipping, masks, decay,
+the update, pruning and EMA in one pass, each step repeated by separate torch passes and compared. Without
+options: a small network pretrained on the digits 0-4 (embedded) learns the digits 5-9 with a frozen stem,
+80% pruning and an EMA, in less than a minute. Writes model.safetensors, model_ema.safetensors, metrics.json,
+classification_report.txt, verification.txt and plot.png to --output_dir. Exit status: 0 done, 1 the
+verification failed, 2 bad input, 130 interrupted (the same command with --resume_from_checkpoint ends with
+the same bits).
 """
 
 
@@ -28,12 +29,15 @@ class Options:
     optimizer: Literal["adamw", "adam", "sgd", "nadam", "adagrad", "lion"] = dataclasses.field(
         default="adamw", metadata={"help": "The fused optimizer."}
     )
-    pretrained: Optional[str] = dataclasses.field(
-        default=None, metadata={"help": "Weights to start from, a safetensors file; None: the embedded digits 0-4."}
-    )
-    data: Optional[str] = dataclasses.field(
+    pretrained: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "A .npz file with images (N, H, W) or (N, C, H, W) and labels (N,); None: the digits 5-9."},
+        metadata={"help": "Weights to start from, a safetensors file; None: the embedded digits 0-4."},
+    )
+    data: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "A .npz file with images (N, H, W) or (N, C, H, W) and labels (N,); None: the digits 5-9."
+        },
     )
     freeze: list[str] = dataclasses.field(
         default_factory=lambda: ["stem.*"],
@@ -46,23 +50,27 @@ class Options:
         default="timm", metadata={"help": "How the decay grows at the start."}
     )
     sparsity: float = dataclasses.field(
-        default=0.8, metadata={"help": "Share of the prunable entries that is zero at the end, in [0, 1); 0: no pruning."}
+        default=0.8,
+        metadata={"help": "Share of the prunable entries that is zero at the end, in [0, 1); 0: no pruning."},
     )
-    prune_begin: Optional[int] = dataclasses.field(
+    prune_begin: int | None = dataclasses.field(
         default=None, metadata={"help": "First step that prunes; None: after a quarter of the steps."}
     )
-    prune_end: Optional[int] = dataclasses.field(
-        default=None, metadata={"help": "Step that reaches --sparsity; None: after three quarters of the steps."}
+    prune_end: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Step that reaches --sparsity; None: after three quarters of the steps."},
     )
     prune_every: int = dataclasses.field(default=10, metadata={"help": "Steps from one pruning to the next."})
     l1: float = dataclasses.field(
-        default=0.0, metadata={"help": "L1 penalty; as --weight_decay, decoupled where the optimizer decouples it."}
+        default=0.0,
+        metadata={"help": "L1 penalty; as --weight_decay, decoupled where the optimizer decouples it."},
     )
     momentum: float = dataclasses.field(default=0.9, metadata={"help": "Momentum of sgd."})
     verify_every: int = dataclasses.field(
-        default=1, metadata={"help": "Repeat every N-th step with separate torch passes and compare; 0: never."}
+        default=1,
+        metadata={"help": "Repeat every N-th step with separate torch passes and compare; 0: never."},
     )
-    backend: Optional[Literal["cpu", "torch"]] = dataclasses.field(
+    backend: Literal["cpu", "torch"] | None = dataclasses.field(
         default=None, metadata={"help": "What runs the step; None: the fastest for the device."}
     )
     compare_steps: int = dataclasses.field(
@@ -74,15 +82,35 @@ class Options:
 
 
 TRAINER_DEFAULTS = dict(
-    output_dir="runs/finetune", num_train_epochs=30, per_device_train_batch_size=32, learning_rate=2e-3,
-    weight_decay=0.01, max_grad_norm=1.0, logging_steps=10, eval_strategy="steps", eval_steps=20, save_steps=100,
-    save_total_limit=2, seed=0, use_cpu=True,
+    output_dir="runs/finetune",
+    num_train_epochs=30,
+    per_device_train_batch_size=32,
+    learning_rate=2e-3,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    logging_steps=10,
+    eval_strategy="steps",
+    eval_steps=20,
+    save_steps=100,
+    save_total_limit=2,
+    seed=0,
+    use_cpu=True,
 )
 
 # The options of TrainingArguments that plain --help lists, beside those with a default of ours.
 SHOWN = {
-    *TRAINER_DEFAULTS, "max_steps", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "gradient_accumulation_steps", "disable_tqdm", "resume_from_checkpoint", "help", "help_all",
+    *TRAINER_DEFAULTS,
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "gradient_accumulation_steps",
+    "disable_tqdm",
+    "resume_from_checkpoint",
+    "help",
+    "help_all",
 }
 
 # Options of TrainingArguments that this harness cannot honour, with the reason.
@@ -120,15 +148,25 @@ class _Parser(HfArgumentParser):
 
 def _parser(show_all):
     parser = _Parser(
-        (Options, Training), prog=PROG, description=DESCRIPTION, usage="%(prog)s [--OPTION VALUE ...]",
-        conflict_handler="resolve", allow_abbrev=False, formatter_class=_Help,
+        (Options, Training),
+        prog=PROG,
+        description=DESCRIPTION,
+        usage="%(prog)s [--OPTION VALUE ...]",
+        conflict_handler="resolve",
+        allow_abbrev=False,
+        formatter_class=_Help,
     )
     parser.add_argument(
-        "--resume_from_checkpoint", "--resume-from-checkpoint", nargs="?", const="last",
+        "--resume_from_checkpoint",
+        "--resume-from-checkpoint",
+        nargs="?",
+        const="last",
         help="Continue from this checkpoint folder; without a value: from the last one in --output_dir.",
     )
     parser.add_argument(
-        "--help_all", action="store_true", default=argparse.SUPPRESS,
+        "--help_all",
+        action="store_true",
+        default=argparse.SUPPRESS,
         help="List the remaining options of transformers' TrainingArguments too.",
     )
     parser.set_defaults(**TRAINER_DEFAULTS)

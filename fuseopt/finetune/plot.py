@@ -12,8 +12,15 @@ OURS, OTHER, NEUTRAL = "#1b6ca8", "#d9822b", "#667085"
 def draw(run, results, path):
     """Draw the four panels of a finished run to `path`."""
     style = {
-        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.color": "#e4e7ec", "axes.axisbelow": True, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e4e7ec",
+        "axes.axisbelow": True,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
     }
     with plt.rc_context(style):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
@@ -63,12 +70,17 @@ def _accuracy(axis, curves):
 
 def _floor(values):
     """Leave out the first steep climb, so that the differences at the end can be seen."""
-    settled = values[len(values) // 8:] or [0]
+    settled = values[len(values) // 8 :] or [0]
     return max(0.0, min(settled) - 0.03)
 
 
 def _sparsity(axis, curves, target):
-    axis.plot(*_series(curves, "sparsity"), color=OURS, drawstyle="steps-post", label="zeros in the prunable weights")
+    axis.plot(
+        *_series(curves, "sparsity"),
+        color=OURS,
+        drawstyle="steps-post",
+        label="zeros in the prunable weights",
+    )
     if target:
         axis.axhline(target, color=NEUTRAL, linestyle=":", label=f"asked for: {target:.0%}")
     axis.set(title="Sparsity", ylabel="share of zeros", ylim=(0, 1))
@@ -85,7 +97,9 @@ def _shade_pruning(axis, run):
 def _times(axis, step):
     axis.set(title="Time of one optimizer step")
     if "skipped" in step:
-        axis.text(0.5, 0.5, f"not compared:\n{step['skipped']}", ha="center", va="center", transform=axis.transAxes)
+        axis.text(
+            0.5, 0.5, f"not compared:\n{step['skipped']}", ha="center", va="center", transform=axis.transAxes
+        )
         axis.set_axis_off()
         return
     labels = ["fuseopt\none pass", "torch\nseparate passes"]
@@ -98,4 +112,6 @@ def _times(axis, step):
     axis.grid(axis="y", visible=False)
     axis.set_xlim(0, 1.7 * max(step["fuseopt"]["quartiles"][1], step["torch"]["quartiles"][1]))
     low, high = step["ratio"]["quartiles"]
-    axis.set_xlabel(f"milliseconds (median, quartiles); ratio {step['ratio']['ratio']:.1f} ({low:.1f} to {high:.1f})")
+    axis.set_xlabel(
+        f"milliseconds (median, quartiles); ratio {step['ratio']['ratio']:.1f} ({low:.1f} to {high:.1f})"
+    )

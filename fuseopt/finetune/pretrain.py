@@ -1,6 +1,6 @@
 """Makes the embedded checkpoint: DigitNet trained on scikit-learn's digits 0 to 4.
 
-    python -m fuseopt.finetune.pretrain [--out PATH] [--seed 0] [--epochs 30]
+python -m fuseopt.finetune.pretrain [--out PATH] [--seed 0] [--epochs 30]
 """
 
 import argparse
@@ -17,13 +17,20 @@ from fuseopt.finetune.model import EMBEDDED, DigitNet
 
 
 def pretrain(seed, epochs):
-    """Train on digits 0 to 4 with the Trainer's own AdamW; return the model and its accuracy on the test part."""
+    """Train on digits 0 to 4 with the Trainer's own AdamW; return the model and its test accuracy."""
     set_seed(seed)
     data = embedded_digits(0, 4, seed)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
-            scratch, seed=seed, use_cpu=True, num_train_epochs=epochs, per_device_train_batch_size=32,
-            learning_rate=2e-3, weight_decay=0.01, save_strategy="no", logging_strategy="no",
+            scratch,
+            seed=seed,
+            use_cpu=True,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=32,
+            learning_rate=2e-3,
+            weight_decay=0.01,
+            save_strategy="no",
+            logging_strategy="no",
         )
         trainer = Trainer(DigitNet(len(data.names)), args, train_dataset=data.train, eval_dataset=data.test)
         trainer.train()
@@ -32,8 +39,12 @@ def pretrain(seed, epochs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m fuseopt.finetune.pretrain", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=EMBEDDED, help="the safetensors file to write (default: the embedded one)")
+    parser = argparse.ArgumentParser(
+        prog="python -m fuseopt.finetune.pretrain", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--out", default=EMBEDDED, help="the safetensors file to write (default: the embedded one)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=30)
     options = parser.parse_args(argv)

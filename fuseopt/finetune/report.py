@@ -17,7 +17,7 @@ from fuseopt.finetune.train import prunable
 
 
 def headline(run):
-    """Two lines that say what is about to run."""
+    """Three lines that say what is about to run."""
     options, args = run.options, run.args
     parameters = sum(p.numel() for p in run.model.parameters())
     frozen = sum(p.numel() for p in run.frozen)
@@ -26,18 +26,23 @@ def headline(run):
     stages += [f"clip {run.resolved['max_grad_norm']:g}"] if run.resolved["max_grad_norm"] else []
     stages += [f"L1 {options.l1:g}"] if options.l1 else []
     stages += [f"EMA {options.ema_decay:g}"] if options.ema_decay else []
-    stages += [f"{options.sparsity:.0%} pruned, from step {prune['begin']} to {prune['end'] or prune['begin']}"] if prune else []
+    stages += (
+        [f"{options.sparsity:.0%} pruned, from step {prune['begin']} to {prune['end'] or prune['begin']}"]
+        if prune
+        else []
+    )
+    start = options.pretrained or "embedded, digits 0-4"
     return (
-        f"{options.pretrained or 'embedded digits 0-4'}: {parameters:,} parameters, {frozen:,} frozen; "
-        f"{options.data or 'digits 5-9'}: {len(run.data.train)} training and {len(run.data.test)} test images, "
-        f"classes {' '.join(run.data.names)}\n"
-        f"{type(run.optimizer).__name__} (backend {run.optimizer.explain().backend}), {args.max_steps} steps: "
-        + ", ".join(stages)
+        f"model      {start}: {parameters:,} parameters, {frozen:,} frozen\n"
+        f"data       {options.data or 'digits 5-9'}: {len(run.data.train)} training and {len(run.data.test)} "
+        f"test images, classes {' '.join(run.data.names)}\n"
+        f"optimizer  {type(run.optimizer).__name__}, backend {run.optimizer.explain().backend}, "
+        f"{args.max_steps} steps: {', '.join(stages)}"
     )
 
 
 def evaluate(run, trainer):
-    """Accuracy of every set of weights, and the proofs of sparsity and freeze, as plain data (shares from 0 to 1)."""
+    """Accuracy of every set of weights (from 0 to 1), and the proofs of sparsity and freeze."""
     history = trainer.state.log_history
     found = trainer.predict(run.data.test)
     predictions = {"raw": found.predictions.argmax(-1)}
@@ -57,8 +62,12 @@ def evaluate(run, trainer):
         },
         "report": {
             name: classification_report(
-                found.label_ids, chosen, labels=range(len(run.data.names)), target_names=run.data.names,
-                zero_division=0, digits=3,
+                found.label_ids,
+                chosen,
+                labels=range(len(run.data.names)),
+                target_names=run.data.names,
+                zero_division=0,
+                digits=3,
             )
             for name, chosen in predictions.items()
         },
@@ -69,19 +78,25 @@ def evaluate(run, trainer):
 def _before_pruning(run, history):
     begins = [g["prune"]["begin"] for g in run.optimizer.param_groups if g["prune"] is not None]
     dense = [row for row in history if begins and row["step"] < min(begins)]
-    found = {name: [row[key] for row in dense if key in row] for name, key in
-             (("raw_before_pruning", "eval_accuracy"), ("ema_before_pruning", "ema_accuracy"))}
+    found = {
+        name: [row[key] for row in dense if key in row]
+        for name, key in (("raw_before_pruning", "eval_accuracy"), ("ema_before_pruning", "ema_accuracy"))
+    }
     return {name: values[-1] for name, values in found.items() if values}
 
 
 def _sparsity(run):
-    """Counts over all prunable entries: asked for, marked as pruned, and exactly +0.0 in the raw and EMA weights."""
+    """Counts of prunable entries: asked for, marked as pruned, and of those +0.0 in each set of weights."""
     parameters = prunable(run.optimizer)
     total = sum(p.numel() for p in parameters)
     masks = [run.optimizer.prune_mask(p) for p in parameters]
-    masks = [torch.zeros_like(p, dtype=torch.bool) if mask is None else mask for p, mask in zip(parameters, masks)]
+    masks = [
+        torch.zeros_like(p, dtype=torch.bool) if mask is None else mask for p, mask in zip(parameters, masks)
+    ]
     counts = {
-        "prunable": total, "asked": round(run.options.sparsity * total), "pruned": sum(int(m.sum()) for m in masks),
+        "prunable": total,
+        "asked": round(run.options.sparsity * total),
+        "pruned": sum(int(m.sum()) for m in masks),
         "raw_zeros": sum(int((_plus_zero(p) & m).sum()) for p, m in zip(parameters, masks)),
     }
     if run.ema_model is not None:
@@ -126,16 +141,16 @@ def _step_lines(run, step):
     lines = [f"{'one optimizer step':<22}{'median':>10}{'quartiles':>20}{'moved':>10}"]
     for label, key in (("fuseopt, one pass", "fuseopt"), ("torch, separate passes", "torch")):
         low, high = step[key]["quartiles"]
-        lines.append(
-            f"{label:<22}{step[key]['ms']:>7.3f} ms{f'{low:.3f} to {high:.3f} ms':>20}{step[key]['bytes'] / 1e6:>7.2f} MB"
-        )
+        spread, moved = f"{low:.3f} to {high:.3f} ms", step[key]["bytes"] / 1e6
+        lines.append(f"{label:<22}{step[key]['ms']:>7.3f} ms{spread:>20}{moved:>7.2f} MB")
     low, high = step["ratio"]["quartiles"]
     size = sum(p.numel() for p in run.model.parameters())
-    lines.append(
-        f"fuseopt is {step['ratio']['ratio']:.1f} times faster (quartiles {low:.1f} to {high:.1f}) over {step['steps']} "
-        f"alternated steps on {step['threads']} threads,"
-    )
-    lines.append(f"after both gave the same weights. A small model ({size:,} parameters): calls cost more than memory here.")
+    same = f"within {step['difference']:.1e}" if step["difference"] else "bit for bit"
+    lines += [
+        f"ratio {step['ratio']['ratio']:.1f} (quartiles {low:.1f} to {high:.1f}) over {step['steps']} alternated "
+        f"steps on {step['threads']} threads;",
+        f"both gave the same weights {same}; a small model ({size:,} parameters), where calls cost more than memory",
+    ]
     return lines
 
 
@@ -143,7 +158,9 @@ def write(run, results, verification):
     """Write the model, its EMA, metrics, report, verification and plot to the output folder, and say so."""
     writers = {
         "model.safetensors": lambda path: path.write_bytes(save(run.model.state_dict())),
-        "metrics.json": lambda path: path.write_text(json.dumps(_metrics(run, results, verification), indent=1) + "\n"),
+        "metrics.json": lambda path: path.write_text(
+            json.dumps(_metrics(run, results, verification), indent=1) + "\n"
+        ),
         "classification_report.txt": lambda path: path.write_text(
             "\n".join(f"{name} weights\n{text}" for name, text in results["report"].items())
         ),
@@ -160,14 +177,21 @@ def write(run, results, verification):
 def _metrics(run, results, verification):
     checked = None
     if verification is not None:
-        checked = {"passed": verification.passed, "every": run.options.verify_every, "rows": verification.rows}
+        checked = {
+            "passed": verification.passed,
+            "every": run.options.verify_every,
+            "rows": verification.rows,
+        }
     return {
         **{name: results[name] for name in ("accuracy", "sparsity", "frozen", "step")},
         "verification": checked,
         "options": run.resolved,
         "versions": {
-            "fuseopt": fuseopt.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "machine": platform.machine(),
+            "fuseopt": fuseopt.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
         },
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "curves": results["curves"],

@@ -8,17 +8,20 @@ from sklearn.metrics import accuracy_score
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-import fuseopt
-from fuseopt import verify
+import fuseopt.verify
 
 CLASSES = {
-    "adamw": fuseopt.AdamW, "adam": fuseopt.Adam, "sgd": fuseopt.SGD, "nadam": fuseopt.NAdam,
-    "adagrad": fuseopt.Adagrad, "lion": fuseopt.Lion,
+    "adamw": fuseopt.AdamW,
+    "adam": fuseopt.Adam,
+    "sgd": fuseopt.SGD,
+    "nadam": fuseopt.NAdam,
+    "adagrad": fuseopt.Adagrad,
+    "lion": fuseopt.Lion,
 }
 
 
 def frozen_names(model, patterns):
-    """The parameters whose names match a pattern (as a shell does); raises ValueError for one that matches nothing."""
+    """The parameters that match a pattern, as a shell matches; raises ValueError for one without a match."""
     names = [name for name, _ in model.named_parameters()]
     frozen = set()
     for pattern in [] if patterns == ["none"] else patterns:
@@ -32,7 +35,7 @@ def frozen_names(model, patterns):
 
 
 def prune_schedule(options, steps):
-    """fuseopt.Prune for a run of `steps` steps, or None; raises ValueError if it would not reach its sparsity."""
+    """fuseopt.Prune for a run of `steps` steps, or None; raises ValueError if it would fall short."""
     if options.sparsity == 0:
         return None
     every = options.prune_every
@@ -45,15 +48,17 @@ def prune_schedule(options, steps):
     if not 1 <= begin <= end <= steps:
         raise ValueError(f"pruning must begin and end within the {steps} steps, found {begin} to {end}")
     if (end - begin) % every:
-        raise ValueError(f"--prune_end {end} is not a whole number of --prune_every {every} after step {begin}")
+        raise ValueError(
+            f"--prune_end {end} is not a whole number of --prune_every {every} after step {begin}"
+        )
     return fuseopt.Prune(options.sparsity, begin=begin, end=end if end > begin else None, every=every)
 
 
 def build_optimizer(model, options, args, prune, max_grad_norm):
     """The fused optimizer of `options` over `model`; raises the optimizer's ValueError for a bad value.
 
-    Three groups: matrices (decayed, pruned), vectors (biases: neither), and the frozen parameters, which would stay
-    as they are even with decay, but must not count as prunable.
+    Three groups: matrices (decayed, pruned), vectors (biases: neither), and the frozen parameters, which
+    stay as they are even with decay, and do not count as prunable.
     """
     frozen = frozen_names(model, options.freeze)
     groups = {"matrices": [], "vectors": [], "frozen": []}
@@ -63,8 +68,14 @@ def build_optimizer(model, options, args, prune, max_grad_norm):
     ema = fuseopt.EMA(options.ema_decay, None if options.ema_warmup == "none" else options.ema_warmup)
     optimizer = CLASSES[options.optimizer](
         [{"params": members, **extras[key]} for key, members in groups.items() if members],
-        lr=args.learning_rate, weight_decay=args.weight_decay, max_grad_norm=max_grad_norm or None, l1=options.l1,
-        ema=ema if options.ema_decay else None, prune=prune, backend=options.backend, **_rule_options(options, args),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        max_grad_norm=max_grad_norm or None,
+        l1=options.l1,
+        ema=ema if options.ema_decay else None,
+        prune=prune,
+        backend=options.backend,
+        **_rule_options(options, args),
     )
     for _, p in groups["frozen"]:
         optimizer.mask(p, torch.zeros([1] * p.ndim, dtype=torch.bool, device=p.device))
@@ -90,15 +101,19 @@ def sparsity(parameters):
 
 
 class FusedTrainer(Trainer):
-    """A Trainer that evaluates raw and EMA weights, logs the sparsity, verifies steps, and stops cleanly on Ctrl-C."""
+    """Evaluates raw and EMA weights, logs the sparsity, verifies steps, and stops cleanly on Ctrl-C."""
 
     def __init__(self, run):
         self.fused = run.optimizer
         self._verification = _Verification(run.optimizer, run.options.verify_every)
         self._interruption = _Interruption()
         super().__init__(
-            run.model, run.args, train_dataset=run.data.train, eval_dataset=run.data.test,
-            compute_metrics=_accuracy, optimizers=(run.optimizer, None),
+            run.model,
+            run.args,
+            train_dataset=run.data.train,
+            eval_dataset=run.data.test,
+            compute_metrics=_accuracy,
+            optimizers=(run.optimizer, None),
             callbacks=[self._verification, self._interruption, _EvaluateBeforePruning(run.optimizer)],
         )
         self.remove_callback(PrinterCallback)
@@ -114,7 +129,7 @@ class FusedTrainer(Trainer):
         return self._verification.report()
 
     def evaluate(self, *args, **kwargs):
-        """Metrics of the raw weights as eval_*, of the EMA weights as ema_*; draws no random number of the training."""
+        """Metrics of the raw weights as eval_*, of the EMA as ema_*; leaves the random numbers alone."""
         with torch.random.fork_rng():
             metrics = super().evaluate(*args, **kwargs)
             if self.fused.param_groups[0]["ema"]:
@@ -140,7 +155,7 @@ class _Verification(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.every:
-            self.checker = verify.attach(self.optimizer, every=self.every)
+            self.checker = fuseopt.verify.attach(self.optimizer, every=self.every)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.checker:
@@ -151,7 +166,7 @@ class _Verification(TrainerCallback):
 
 
 class _Interruption(TrainerCallback):
-    """The first Ctrl-C finishes the step, saves a checkpoint and ends the training; a second one ends it at once."""
+    """The first Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once."""
 
     requested = False
 
@@ -197,5 +212,7 @@ class _Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = {"loss": "loss", "sparsity": "sparsity", "eval_accuracy": "raw", "ema_accuracy": "ema"}
         if self.training_bar is not None:
-            self.numbers = getattr(self, "numbers", {}) | {shown[k]: f"{v:.3f}" for k, v in logs.items() if k in shown}
+            self.numbers = getattr(self, "numbers", {}) | {
+                shown[k]: f"{v:.3f}" for k, v in logs.items() if k in shown
+            }
             self.training_bar.set_postfix(self.numbers)
