@@ -125,7 +125,7 @@ def test_resumes_from_the_last_whole_checkpoint(whole, tmp_path):
 
 
 def test_a_real_interrupt_of_a_real_process(tmp_path):
-    options = "--max_steps 300 --save_steps 20 --compare_steps 0 --verify_every 50 --output_dir".split()
+    options = "--max_steps 160 --save_steps 20 --compare_steps 0 --verify_every 50 --output_dir".split()
     command = [sys.executable, "-m", "fuseopt", "finetune", *options]
     folder = tmp_path / "stopped"
     with subprocess.Popen(
@@ -139,7 +139,7 @@ def test_a_real_interrupt_of_a_real_process(tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert not (folder / "checkpoint-300").exists()
+    assert not (folder / "checkpoint-160").exists()
     for rest in ([folder, "--resume_from_checkpoint"], [tmp_path / "straight"]):
         done = subprocess.run([*command, *rest], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
