@@ -1,6 +1,7 @@
 // The Python module fuseopt._C. It speaks in Python tensors and tuples; no torch headers are needed.
 #include <omp.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
 #include "cpu/select.h"
@@ -68,12 +69,13 @@ PYBIND11_MODULE(_C, m) {
       .def("gather", &gather, "Reads groups, state and gradients; returns (group, index) of what it cannot take.")
       .def("params", &params, "The parameters that the next run() will update.")
       .def("run", &run, "One step; returns the statistics as a dict, or None.")
-      .def("prune_smallest", [](const TensorTable& t, int first, int last, int64_t count) {
+      .def("prune_smallest", [](const TensorTable& t, int64_t count) {
         py::gil_scoped_release release;
-        return prune_smallest(t, first, last, count);
+        return prune_smallest(t, count);
       });
-  m.def("set_torch", [](py::object tensor, py::object parameter, py::object describe, bool use_dlpack) {
-    set_torch(tensor.ptr(), parameter.ptr(), describe.ptr(), use_dlpack);
+  m.def("set_torch", [](py::object tensor, py::object parameter, py::object describe,
+                        const std::vector<intptr_t>& functions, py::ssize_t offset) {
+    set_torch(tensor.ptr(), parameter.ptr(), describe.ptr(), functions, offset);
   });
   m.def("schema", &schema);
   m.def("instruction_set", [] { return kernels().name; });

@@ -43,7 +43,8 @@ FUSEOPT_INLINE float bf16_to_float(uint16_t h) { return bit_cast<float>(uint32_t
 FUSEOPT_INLINE uint16_t float_to_bf16(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return x != x ? uint16_t(0x7fc0) : uint16_t(rounded);
+  const uint32_t is_nan = x != x ? ~0u : 0u;  // see float_to_half on the use of masks
+  return uint16_t((0x7fc0u & is_nan) | (rounded & ~is_nan));
 }
 
 // Both half conversions let the fp32 unit do the exponent work, so that subnormals need no branch.

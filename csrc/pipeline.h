@@ -24,8 +24,7 @@ constexpr int kStageScalars = sizeof(StageScalars<double>) / sizeof(double);
 // for bit with it, and the norm is formed with clip = 1.
 template <class T>
 FUSEOPT_INLINE T effective_grad(T g, bool keep, const StageScalars<T>& s) {
-  g = g * s.inv_grad_scale;
-  g = g * s.direction;
+  g = g * (s.inv_grad_scale * s.direction);  // direction is 1 or -1: the product is exact
   g = keep ? g : T(0);
   return g * s.clip;
 }
@@ -35,7 +34,7 @@ template <class Rule, class T>
 FUSEOPT_INLINE void update_element(T& p, T g, T* slot, const StageScalars<T>& s,
                                    const typename Rule::template Scalars<T>& r) {
   g = s.l2 != T(0) ? fma(s.l2, p, g) : g;  // 0 * inf would be NaN
-  g = fma(s.l1, sign(p), g);
+  g = p == T(0) ? g : g + copysign(s.l1, p);
   p = p * s.decay;
   Rule::update(p, g, slot, r);
   const T magnitude = abs(p) - s.soft_threshold;

@@ -35,19 +35,37 @@ Group read_group(PyObject* spec, double inv_grad_scale) {
   return group;
 }
 
-// The stream `name` of a parameter's state: its address if it has the parameter's layout, else nullptr.
-void* read_stream(PyObject* state, PyObject* name, const TensorView& p, int storage) {
-  PyObject* object = PyDict_GetItemWithError(state, name);
+// Looks names up in a dict that mostly holds them in the order asked for: then without hashing.
+class Cursor {
+ public:
+  explicit Cursor(PyObject* dict) : dict_(dict) { advance(); }
+
+  PyObject* find(PyObject* name) {  // borrowed, or nullptr
+    if (key_ != name) return PyDict_GetItemWithError(dict_, name);
+    PyObject* found = value_;
+    advance();
+    return found;
+  }
+
+ private:
+  void advance() {
+    if (!PyDict_Next(dict_, &position_, &key_, &value_)) key_ = nullptr;
+  }
+  PyObject *dict_, *key_ = nullptr, *value_ = nullptr;
+  Py_ssize_t position_ = 0;
+};
+
+// The address of a state tensor if it has the parameter's layout, else nullptr.
+void* read_stream(PyObject* object, const TensorView& p, int storage) {
   TensorView v;
   if (!object || !view(object, &v) || v.storage != storage || !v.same_layout(p)) return nullptr;
   static char empty;
-  return v.n == 0 ? &empty : v.data;
+  return p.count() == 0 ? &empty : v.data;
 }
 
-bool read_counter(PyObject* state, PyObject* name, Counter* out) {
-  PyObject* object = PyDict_GetItemWithError(state, name);
+bool read_counter(PyObject* object, Counter* out) {
   TensorView v;
-  if (!object || !view(object, &v) || v.n != 1 || (v.storage != 0 && v.storage != 1)) return false;
+  if (!object || !view(object, &v) || v.count() != 1 || (v.storage != 0 && v.storage != 1)) return false;
   *out = {v.data, v.storage == 1, v.storage == 1 ? *static_cast<double*>(v.data) : *static_cast<float*>(v.data)};
   return true;
 }
@@ -57,49 +75,52 @@ PyObject* key(const char* name) { return PyUnicode_InternFromString(name); }
 // Packed bits, as whole 32-bit words.
 uint32_t* read_bits(PyObject* object, int64_t bits) {
   TensorView v;
-  if (!view(object, &v) || v.storage != kBits || v.n < (bits + 31) / 32 * 4 || !v.dense()) return nullptr;
+  if (!view(object, &v) || v.storage != kBits || v.count() < (bits + 31) / 32 * 4 || !v.dense()) return nullptr;
   return static_cast<uint32_t*>(v.data);
 }
 
 bool read_mask(PyObject* state, Tensor* t) {
   static PyObject *keep = key("mask_keep"), *period = key("mask_period"), *inner = key("mask_inner"),
-                  *mode = key("mask_mode");
+                  *freeze = key("mask_freeze");
   PyObject* bits = PyDict_GetItemWithError(state, keep);
   if (!bits) return true;
   PyObject *period_value = PyDict_GetItemWithError(state, period), *inner_value = PyDict_GetItemWithError(state, inner),
-           *mode_value = PyDict_GetItemWithError(state, mode);
-  if (!period_value || !inner_value || !mode_value || !PyUnicode_Check(mode_value)) return false;
+           *freeze_value = PyDict_GetItemWithError(state, freeze);
+  if (!period_value || !inner_value || !freeze_value) return false;
   t->keep.period = PyLong_AsLongLong(period_value);
   t->keep.inner = PyLong_AsLongLong(inner_value);
-  t->freeze = PyUnicode_CompareWithASCIIString(mode_value, "freeze") == 0;
+  t->freeze = PyObject_IsTrue(freeze_value) == 1;
   if (PyErr_Occurred() || t->keep.period < 1 || t->keep.inner < 1) return PyErr_Clear(), false;
   t->keep.words = read_bits(bits, t->keep.period);
   return t->keep.words != nullptr;
 }
 
+bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, bool fresh) {
+  static PyObject* prune_mask = key("prune_mask");
+  PyObject *slots = item(spec, kSlots), *counters = item(spec, kCounters), *emas = item(spec, kEmas);
+  Cursor cursor(state);  // asks in the order in which plan.complete_state makes them
+  for (int k = 0; k < size(counters); ++k)
+    if (!read_counter(cursor.find(item(counters, k)), &t->counter[k])) return false;
+  for (int k = 0; k < size(slots); ++k)
+    if (!(t->slot[k] = read_stream(cursor.find(item(slots, k)), p, p.storage))) return false;
+  for (int k = 0; k < size(emas); ++k)
+    if (!(t->ema[k] = read_stream(cursor.find(item(emas, k)), p, p.storage == 1 ? 1 : 0))) return false;
+  if (size(counters) == 0) t->counter[0].value = fresh;  // for rules without a step count
+  if (PyDict_Size(state) == size(slots) + size(emas) + size(counters)) return true;  // no masks
+  if (!read_mask(state, t)) return false;
+  PyObject* bits = PyDict_GetItemWithError(state, prune_mask);
+  return !bits || (t->pruned = read_bits(bits, t->n));
+}
+
 }  // namespace
 
-bool TensorTable::add(PyObject* param, PyObject* grad, PyObject* state, PyObject* spec, int group,
-                      bool fresh) {
-  static PyObject* prune_mask = key("prune_mask");
+bool TensorTable::add(PyObject* param, PyObject* grad, PyObject* state, PyObject* spec, int group, bool fresh) {
   TensorView p, g;
   if (!view(param, &p) || !view(grad, &g)) return false;
   if (p.storage < 0 || p.storage == kBits || g.storage != p.storage || !p.dense() || !g.same_layout(p)) return false;
-  Tensor t{};
-  t.group = group, t.storage = p.storage, t.n = p.n, t.p = p.data, t.g = g.data;
-  PyObject *slots = item(spec, kSlots), *counters = item(spec, kCounters), *emas = item(spec, kEmas);
-  for (int k = 0; k < size(slots); ++k)
-    if (!(t.slot[k] = read_stream(state, item(slots, k), p, p.storage))) return false;
-  for (int k = 0; k < size(emas); ++k)
-    if (!(t.ema[k] = read_stream(state, item(emas, k), p, p.storage == 1 ? 1 : 0))) return false;
-  for (int k = 0; k < size(counters); ++k)
-    if (!read_counter(state, item(counters, k), &t.counter[k])) return false;
-  if (size(counters) == 0) t.counter[0].value = fresh;  // for rules without a step count
-  if (!read_mask(state, &t)) return false;
-  if (PyObject* bits = PyDict_GetItemWithError(state, prune_mask)) {
-    if (!(t.pruned = read_bits(bits, t.n))) return false;
-  }
-  tensors.push_back(t);
+  Tensor& t = tensors.emplace_back();
+  t.group = group, t.storage = p.storage, t.n = p.count(), t.p = p.data, t.g = g.data;
+  if (!add_state(&t, p, state, spec, fresh)) return tensors.pop_back(), false;
   params.push_back(param);
   return true;
 }

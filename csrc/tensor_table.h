@@ -14,7 +14,6 @@ namespace fuseopt {
 
 // Sums are formed over kLanes partial sums a block, so kBlock and kLanes are part of their value.
 constexpr int64_t kBlock = 16384;  // elements of one tensor that one thread takes at a time
-constexpr int64_t kTile = 1024;    // elements that stay in the first-level cache between loops
 constexpr int64_t kLanes = 256;
 constexpr int kMaxEma = 8;
 
@@ -41,10 +40,10 @@ struct Tensor {
   void* slot[kMaxSlots];
   void* ema[kMaxEma];
   Counter counter[kMaxCounters];
-  double scalars[kMaxScalars];  // Rule::Scalars<double>
-  BitMask keep;                 // words == nullptr: no mask
-  bool freeze;                  // else the mask only zeroes the gradient
-  uint32_t* pruned;             // nullptr: nothing pruned
+  double scalars[kMaxScalars];   // Rule::Scalars<double>
+  BitMask keep;                  // words == nullptr: no mask
+  bool freeze = false;           // else the mask only zeroes the gradient
+  uint32_t* pruned = nullptr;    // nullptr: nothing pruned
 };
 
 struct Block {

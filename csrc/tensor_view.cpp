@@ -1,40 +1,40 @@
 #include "tensor_view.h"
 
+#include <cstring>
+
 namespace fuseopt {
 namespace {
 
-// The part of DLPack's published binary interface that is used here (dlpack.h, version 1).
-struct DLTensor {
-  void* data;
-  struct { int32_t type, id; } device;
-  int32_t ndim;
-  struct { uint8_t code, bits; uint16_t lanes; } dtype;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
+using Handle = void*;  // AtenTensorHandle: the address of an at::Tensor
+// Functions of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h), in the order in which
+// fuseopt/torch_abi.py looks them up. Each returns 0 on success.
+struct Shim {
+  int32_t (*layout)(Handle, int32_t*);
+  int32_t (*device_type)(Handle, int32_t*);
+  int32_t (*dtype)(Handle, int32_t*);
+  int32_t (*dim)(Handle, int64_t*);
+  int32_t (*sizes)(Handle, int64_t**);
+  int32_t (*strides)(Handle, int64_t**);
+  int32_t (*data_ptr)(Handle, void**);
 };
-struct DLPackExchangeApi {
-  uint32_t major, minor;
-  DLPackExchangeApi* previous;
-  void* allocate;
-  void* managed_from_object;
-  void* managed_to_object;
-  int (*tensor_from_object)(void* object, DLTensor* out);
-  void* current_stream;
-};
-constexpr int kCpu = 1, kUint = 1, kFloat = 2, kBfloat = 4;
+constexpr int32_t kStrided = 0, kCpu = 0;  // c10::Layout, c10::DeviceType
 
 PyTypeObject* tensor_type;
 PyTypeObject* parameter_type;
 PyObject* plain_dispatch;  // torch.Tensor.__torch_dispatch__
 PyObject* describe;
-int (*tensor_from_object)(void*, DLTensor*);
+Shim shim;
+Py_ssize_t handle_offset = -1;  // where a Python tensor holds its at::Tensor; -1: ask `describe`
 
-int storage_of(const DLTensor& t) {
-  if (t.device.type != kCpu || t.dtype.lanes != 1) return -1;
-  if (t.dtype.code == kFloat) return t.dtype.bits == 32 ? 0 : t.dtype.bits == 64 ? 1 : t.dtype.bits == 16 ? 3 : -1;
-  if (t.dtype.code == kBfloat) return t.dtype.bits == 16 ? 2 : -1;
-  return t.dtype.code == kUint && t.dtype.bits == 8 ? kBits : -1;
+int storage_of(int32_t scalar_type) {  // c10::ScalarType
+  switch (scalar_type) {
+    case 6: return 0;
+    case 7: return 1;
+    case 15: return 2;
+    case 5: return 3;
+    case 0: return kBits;
+    default: return -1;
+  }
 }
 
 bool is_plain(PyObject* object) {
@@ -48,17 +48,19 @@ bool is_plain(PyObject* object) {
   return plain;
 }
 
-bool view_by_dlpack(PyObject* object, TensorView* out) {
-  DLTensor t;
-  if (tensor_from_object(object, &t) != 0) {
-    PyErr_Clear();
+bool view_by_shim(PyObject* object, TensorView* out) {
+  const Handle tensor = reinterpret_cast<char*>(object) + handle_offset;
+  int32_t layout, device, dtype;
+  int64_t ndim, *shape, *strides;
+  if (shim.layout(tensor, &layout) || layout != kStrided) return false;
+  if (shim.device_type(tensor, &device) || shim.dtype(tensor, &dtype) || shim.dim(tensor, &ndim) ||
+      shim.sizes(tensor, &shape) || shim.strides(tensor, &strides) ||
+      shim.data_ptr(tensor, &out->data))
     return false;
-  }
-  out->data = static_cast<char*>(t.data) + t.byte_offset;
-  out->storage = storage_of(t);
-  out->ndim = t.ndim;
-  out->shape = t.shape;
-  out->strides = t.strides;
+  out->storage = device == kCpu ? storage_of(dtype) : -1;
+  out->ndim = int(ndim);
+  out->shape = shape;
+  out->strides = strides;
   return true;
 }
 
@@ -85,41 +87,41 @@ bool view_by_python(PyObject* object, TensorView* out) {
 
 }  // namespace
 
-void set_torch(PyObject* tensor, PyObject* parameter, PyObject* describe_function, bool use_dlpack) {
+void set_torch(PyObject* tensor, PyObject* parameter, PyObject* describe_function,
+               const std::vector<intptr_t>& functions, Py_ssize_t offset) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor);
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter);
   plain_dispatch = PyObject_GetAttrString(tensor, "__torch_dispatch__");
   Py_INCREF(tensor), Py_INCREF(parameter), Py_INCREF(describe_function);
   describe = describe_function;
-  tensor_from_object = nullptr;
-  PyObject* capsule = use_dlpack ? PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__") : nullptr;
-  if (capsule) {
-    auto* api = static_cast<DLPackExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    while (api && api->major > 1) api = api->previous;
-    if (api && api->major == 1) tensor_from_object = api->tensor_from_object;
-    Py_DECREF(capsule);
-  }
-  PyErr_Clear();
+  handle_offset = functions.size() * sizeof(intptr_t) == sizeof shim ? offset : -1;
+  if (handle_offset >= 0) std::memcpy(&shim, functions.data(), sizeof shim);
 }
 
 bool view(PyObject* object, TensorView* out) {
   if (!is_plain(object)) return false;
-  if (!(tensor_from_object ? view_by_dlpack(object, out) : view_by_python(object, out))) return false;
-  out->n = 1;
-  for (int d = 0; d < out->ndim; ++d) out->n *= out->shape[d];
-  return true;
+  return handle_offset >= 0 ? view_by_shim(object, out) : view_by_python(object, out);
+}
+
+int64_t TensorView::count() const {
+  int64_t n = 1;
+  for (int d = 0; d < ndim; ++d) n *= shape[d];
+  return n;
 }
 
 bool TensorView::same_layout(const TensorView& other) const {
   if (ndim != other.ndim) return false;
+  bool empty = false, same = true;
   for (int d = 0; d < ndim; ++d) {
     if (shape[d] != other.shape[d]) return false;
-    if (strides[d] != other.strides[d] && shape[d] > 1 && n > 0) return false;
+    same &= strides[d] == other.strides[d] || shape[d] <= 1;
+    empty |= shape[d] == 0;
   }
-  return true;
+  return same || empty;
 }
 
 bool TensorView::dense() const {
+  const int64_t n = count();
   if (n <= 1) return true;
   uint32_t done = 0;  // dimensions placed so far, innermost first
   for (int64_t expected = 1; expected < n;) {

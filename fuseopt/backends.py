@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import plan, reference, schema
+from . import plan, reference, schema, torch_abi
 from .stages import mask
 
 NAMES = (None, "cpu", "torch")
@@ -20,16 +20,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         from . import _C
     except ImportError as error:
         return None, f"the compiled module fuseopt._C is missing ({error}); install a C++ compiler and reinstall fuseopt"
-    _C.set_torch(torch.Tensor, torch.nn.Parameter, _describe, True)
+    _C.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, *torch_abi.find())
     return _C, None
-
-
-def _describe(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """(address, storage id, shape, strides) for the compiled module, on a torch without DLPack exchange."""
-    storage = schema.BITS if t.dtype == torch.uint8 else schema.STORAGES.get(t.dtype, -1)
-    if t.device.type != "cpu" or t.layout != torch.strided:
-        storage = -1
-    return t.data_ptr(), storage, tuple(t.shape), tuple(t.stride())
 
 
 _native, _why_not = _load()
@@ -72,12 +64,17 @@ def run(opt, step: plan.Step) -> None:
     """Run a step on the backend that `choose` picks: every stage, then the selection if there is one."""
     update, select = TABLE[choose_name(opt)]
     prepared = update(opt, step)
+    _copy_into_new_averages(opt, prepared)
+    for selection in plan.selections(step):
+        select(opt, selection)
+
+
+@torch.no_grad()
+def _copy_into_new_averages(opt, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """The first update of an average copies the parameter."""
     for p, made in prepared.items():
-        for key in made.new_emas:  # the first update of an average copies the parameter
+        for key in made.new_emas:
             opt.state[p][key].copy_(p)
-    for gs in step.groups:
-        if gs.sparsity is not None:
-            select(opt, gs)
 
 
 def choose_name(opt) -> str:
@@ -92,6 +89,7 @@ def choose_name(opt) -> str:
 # ---- torch ---------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.grad is not None]
     prepared = plan.prepare(opt, step, wanting)
@@ -137,25 +135,24 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     return prepared
 
 
-def _cpu_select(opt, gs: plan.GroupStep) -> None:
-    """Prune the smallest weights. Ties go by row-major index, so a parameter that lies in memory in
-    another order is ranked on a row-major copy."""
-    for params in plan.prune_sets(gs):
-        if not all(p.is_contiguous() for p in params):
-            reference.prune_to_sparsity(opt, gs)
-            return
-    for params in plan.prune_sets(gs):
-        table = _native.TensorTable()
-        specs, grads = [], {}
-        for p in params:  # a parameter may have no gradient, or no state yet
-            has = opt.state[p].__contains__
-            specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
-            grads[p] = (p, False)
-        if table.gather(specs, opt.state, grads, 1.0):
-            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
-        done = sum(int(mask.unpack(opt.state[p]["prune_mask"], p.numel()).sum()) for p in params)
-        table.prune_smallest(0, len(params), plan.target(gs, params) - done)
-        torch.autograd.graph.increment_version(params)
+def _cpu_select(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> None:
+    """Prune the smallest weights. Ties go by row-major index, so where a parameter lies in memory in another
+    order the reference does it."""
+    params = [p for _, p in selection]
+    if not all(p.is_contiguous() for p in params):
+        reference.prune_to_sparsity(opt, selection)
+        return
+    specs, grads = [], {}
+    for gs, p in selection:  # a parameter may have no gradient, or no state yet
+        has = opt.state[p].__contains__
+        specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
+        grads[p] = (p, False)
+    table = _native.TensorTable()
+    if table.gather(specs, opt.state, grads, 1.0):
+        raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+    done = sum(int(mask.unpack(opt.state[p]["prune_mask"], p.numel()).sum()) for p in params)
+    table.prune_smallest(plan.target(selection) - done)
+    torch.autograd.graph.increment_version(params)
 
 
 TABLE: dict[str, tuple[Callable, Callable]] = {

@@ -54,22 +54,34 @@ def check(opt, state_dict: dict[str, Any]) -> None:
     if sizes[0] != sizes[1]:
         raise ValueError(f"loaded state dict has parameter groups of sizes {sizes[0]}, the optimizer {sizes[1]}")
     ids = [k for group in saved for k in group["params"]]
-    groups = [group for group in own for _ in group["params"]]
-    known = {"step", "mu_product", "prune_mask", "momentum_buffer", *mask.STATE_KEYS}
+    groups = [{**now, **then} for now, then in zip(own, saved, strict=True) for _ in now["params"]]
     for k, p, group in zip(ids, _numbered(opt), groups, strict=True):
         state = state_dict["state"].get(k)
-        if not isinstance(state, dict) or not state:
-            continue
-        slots = opt.slots(group)
-        for key, value in state.items():
-            if isinstance(value, Tensor) and (key in slots or key.startswith("ema_")) and value.shape != p.shape:
-                raise ValueError(f"state {key!r} of parameter {k} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
-        foreign = [key for key in state if key not in known and not key.startswith("ema_") and key not in slots]
-        if slots and foreign and not any(key in state for key in slots):
-            raise ValueError(
-                f"state of parameter {k} holds {', '.join(map(repr, foreign))} but none of {', '.join(map(repr, slots))}: "
-                f"the checkpoint is of another optimizer than {type(opt).__name__}"
-            )
+        if isinstance(state, dict):
+            _check_state(opt, group, k, p, state)
+
+
+# Every rule's state; what may be absent without the state being another rule's.
+_RULE_KEYS = {"step", "mu_product", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
+_OPTIONAL = {"max_exp_avg_sq", "momentum_buffer"}
+
+
+def _check_state(opt, group: dict, k: int, p: Tensor, state: dict) -> None:
+    """Raise ValueError unless the state of parameter k has this rule's keys and the parameter's shape."""
+    try:
+        slots, counters = opt.slots(group), opt.counters(group)
+    except KeyError as missing:
+        raise ValueError(f"the checkpoint's group lacks {missing}: it is of another optimizer than {type(opt).__name__}") from None
+    expected = {*slots, *counters}
+    found = {key for key in _RULE_KEYS if state.get(key) is not None}
+    if found and (found - expected - _OPTIONAL or expected - found - _OPTIONAL):
+        raise ValueError(
+            f"state of parameter {k} holds {', '.join(sorted(found))}, but {type(opt).__name__} keeps "
+            f"{', '.join(sorted(expected)) or 'none'}: the checkpoint is of another optimizer"
+        )
+    for key, value in state.items():
+        if isinstance(value, Tensor) and (key in slots or key.startswith("ema_")) and value.shape != p.shape:
+            raise ValueError(f"state {key!r} of parameter {k} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
 
 
 def restore_types(opt, state_dict: dict[str, Any]) -> None:

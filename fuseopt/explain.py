@@ -59,10 +59,10 @@ def _rows(opt, k: int, group: dict) -> list[dict]:
     return list(rows.values())
 
 
-def _mask_bytes(state: dict, group: dict, p) -> float:
-    """Bits read (and, with a threshold, written) for the user's mask and the pruned entries."""
-    user = state["mask_period"] / 8 if "mask_keep" in state else 0
+def _mask_bytes(state: dict, group: dict, p) -> int:
+    """Bits read (and, with a threshold, written) for the user's mask and the pruned entries, in bytes."""
+    bits = state.get("mask_period", 0)
     options = group["prune"]
-    if options is None or not prune.prunable(p):
-        return user
-    return user + p.numel() / 8 * (2 if options["threshold"] is not None else 1)
+    if options is not None and prune.prunable(p):
+        bits += p.numel() * (2 if options["threshold"] is not None else 1)
+    return -(-bits // 8)

@@ -136,7 +136,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient; returns the closure's loss, if one is given.
 

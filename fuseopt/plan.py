@@ -154,12 +154,14 @@ def dense(p: Tensor) -> bool:
     return True
 
 
+@torch.no_grad()
 def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
     """x itself if its elements lie in memory as p's do, otherwise a copy that does."""
     same = all(a == b or n <= 1 for a, b, n in zip(x.stride(), p.stride(), p.shape, strict=True))
     return x if same else torch.empty_like(p, dtype=x.dtype).copy_(x)
 
 
+@torch.no_grad()
 def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     """Make what p's state lacks and mend its layout; True if the moments are new.
 
@@ -199,11 +201,12 @@ def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Te
 
     Raises before anything is changed.
     """
+    if not wanting and all(gs.sparsity is None for gs in step.groups):
+        return {}
     for gs, p in wanting:
         check(opt, gs, p, p.grad)
-    for gs in step.groups:
-        if gs.sparsity is not None:
-            check_enough_to_prune(opt, gs)
+    for selection in selections(step):
+        check_enough_to_prune(opt, selection)
     prepared = {}
     for gs, p in wanting:
         new_emas = [key for key in gs.emas if key not in opt.state[p]]
@@ -234,31 +237,42 @@ def add_prune_masks(opt, step: Step) -> bool:
 def frozen(opt, p: Tensor) -> Tensor | None:
     """Boolean tensor, True where a "freeze" mask holds p; None without one."""
     state = opt.state.get(p, {})
-    return ~mask.unfold(state, p) if state.get("mask_mode") == "freeze" else None
+    return ~mask.unfold(state, p) if state.get("mask_freeze") else None
 
 
-def prune_sets(gs: GroupStep) -> list[list[Tensor]]:
-    """What is ranked together: the whole group, or each tensor alone."""
-    params = prunable(gs)
-    return [params] if gs.group["prune"]["scope"] == "global" else [[p] for p in params]
+def selections(step: Step) -> list[list[tuple[GroupStep, Tensor]]]:
+    """What is ranked together at this step: all parameters whose groups prune alike, or each tensor alone."""
+    together: list[tuple[dict, list]] = []
+    for gs in step.groups:
+        if gs.sparsity is None:
+            continue
+        members = [(gs, p) for p in prunable(gs)]
+        options = gs.group["prune"]
+        alike = next((found for seen, found in together if seen == options), None)
+        if options["scope"] == "tensor":
+            together += [(options, [member]) for member in members]
+        elif alike is None:
+            together.append((options, members))
+        else:
+            alike += members
+    return [members for _, members in together if members]
 
 
-def target(gs: GroupStep, params: list[Tensor]) -> int:
-    """How many entries of these parameters are pruned after this step."""
-    return round(gs.sparsity * sum(p.numel() for p in params))
+def target(selection: list[tuple[GroupStep, Tensor]]) -> int:
+    """How many entries of a selection are pruned after this step."""
+    return round(selection[0][0].sparsity * sum(p.numel() for _, p in selection))
 
 
-def check_enough_to_prune(opt, gs: GroupStep) -> None:
+def check_enough_to_prune(opt, selection: list[tuple[GroupStep, Tensor]]) -> None:
     """Raise ValueError if the sparsity asks for more entries than are not frozen."""
-    for params in prune_sets(gs):
-        n = sum(p.numel() for p in params)
-        free = n - sum(int(f.sum()) for f in (frozen(opt, p) for p in params) if f is not None)
-        if target(gs, params) > free:
-            where = "the group's parameters" if len(params) > 1 else name_of(opt, params[0])
-            raise ValueError(
-                f"sparsity {gs.sparsity:g} of {where} asks to prune {target(gs, params)} of {n} entries, but a mask "
-                f"freezes all but {free}; lower the sparsity, or put frozen parameters in a group with prune=None"
-            )
+    n = sum(p.numel() for _, p in selection)
+    free = n - sum(int(f.sum()) for f in (frozen(opt, p) for _, p in selection) if f is not None)
+    if target(selection) > free:
+        where = "the prunable parameters" if len(selection) > 1 else name_of(opt, selection[0][1])
+        raise ValueError(
+            f"sparsity {selection[0][0].sparsity:g} of {where} asks to prune {target(selection)} of {n} entries, but "
+            f"masks freeze all but {free}; lower the sparsity, or put frozen parameters in a group with prune=None"
+        )
 
 
 # ---- averages ------------------------------------------------------------------------------------

@@ -78,18 +78,18 @@ def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
         opt._statistics = sums.result()
 
 
-def prune_to_sparsity(opt, gs: plan.GroupStep) -> None:
+@torch.no_grad()
+def prune_to_sparsity(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> None:
     """After the update: select the smallest of the new weights and zero them, their moments and averages."""
-    for params in plan.prune_sets(gs):
-        masks = [opt.prune_mask(p) for p in params]
-        held = [plan.frozen(opt, p) for p in params]
-        free = [~m if f is None else ~m & ~f for m, f in zip(masks, held, strict=True)]
-        count = plan.target(gs, params) - sum(int(m.sum()) for m in masks)
-        for p, m, new in zip(params, masks, prune.smallest(params, free, max(count, 0)), strict=True):
-            state = opt.state[p]
-            state["prune_mask"].copy_(mask.pack(mask.flat_in_memory_order(m | new, p)))
-            p.copy_(prune.apply(p, new))
-            cleared = gs.emas if gs.stage["keep_moments"] else gs.slots + gs.emas
-            for key in cleared:
-                if key in state:
-                    state[key].copy_(prune.apply(state[key], new))
+    params = [p for _, p in selection]
+    masks = [opt.prune_mask(p) for p in params]
+    held = [plan.frozen(opt, p) for p in params]
+    free = [~m if f is None else ~m & ~f for m, f in zip(masks, held, strict=True)]
+    count = max(plan.target(selection) - sum(int(m.sum()) for m in masks), 0)
+    for (gs, p), m, new in zip(selection, masks, prune.smallest(params, free, count), strict=True):
+        state = opt.state[p]
+        state["prune_mask"].copy_(mask.pack(mask.flat_in_memory_order(m | new, p)))
+        p.copy_(prune.apply(p, new))
+        for key in gs.emas if gs.stage["keep_moments"] else gs.slots + gs.emas:
+            if key in state:
+                state[key].copy_(prune.apply(state[key], new))

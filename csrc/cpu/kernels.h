@@ -13,7 +13,9 @@ constexpr int kRules = 0
     ;
 constexpr int kStorages = 4;
 
-// A run of elements of one tensor. `keep` and `pruned` are words of bits, bit 0 of word 0 for the first
+constexpr int64_t kTile = 1024;  // elements that stay in the first-level cache between loops
+
+// A run of elements of one tensor; of at most kTile where masks are involved. `keep` and `pruned` are words of bits, bit 0 of word 0 for the first
 // element; update_masked reads both, the others take nullptr for "all kept" and "none pruned".
 struct Span {
   int64_t n;

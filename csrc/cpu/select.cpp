@@ -41,7 +41,7 @@ void for_each_candidate_word(const BlockView& view, const Fn& fn) {
 
 class Selection {
  public:
-  Selection(const TensorTable& table, int first, int last) : table_(table), first_(first), last_(last) {}
+  explicit Selection(const TensorTable& table) : table_(table) {}
 
   bool run(int64_t count) {
     if (count <= 0) return true;
@@ -66,7 +66,6 @@ class Selection {
       std::vector<int64_t> own(total.size());
 #pragma omp for schedule(dynamic)
       for (int b = 0; b < int(table_.blocks.size()); ++b) {
-        if (!mine(b)) continue;
         for_each_candidate_word(BlockView(table_, table_.blocks[b]), [&](const Span&, int64_t, uint32_t free, const uint32_t* m) {
           for (; free; free &= free - 1) {
             const int64_t k = bucket(m[__builtin_ctz(free)]);
@@ -93,7 +92,6 @@ class Selection {
   void prune_below(uint32_t kth) {
     ties_.assign(table_.blocks.size(), 0);
     for_each_block(table_, [&](int b) {
-      if (!mine(b)) return;
       const BlockView view(table_, table_.blocks[b]);
       for_each_candidate_word(view, [&](const Span& span, int64_t w, uint32_t free, const uint32_t* m) {
         uint32_t below = 0;
@@ -137,17 +135,14 @@ class Selection {
     }
   }
 
-  bool mine(int b) const { return table_.blocks[b].tensor >= first_ && table_.blocks[b].tensor < last_; }
-
   const TensorTable& table_;
-  int first_, last_;
   std::vector<int64_t> ties_;
 };
 
 }  // namespace
 
-bool prune_smallest(const TensorTable& table, int first, int last, int64_t count) {
-  return Selection(table, first, last).run(count);
+bool prune_smallest(const TensorTable& table, int64_t count) {
+  return Selection(table).run(count);
 }
 
 }  // namespace fuseopt

@@ -5,10 +5,9 @@
 
 namespace fuseopt {
 
-// Over the tensors [first, last) of a table whose `pruned` words are set: of the entries that are
-// neither frozen nor pruned, prunes the `count` smallest by (|p| as fp32, tensor order, index): sets
-// their bits, zeroes p and every EMA, and the moments unless the group keeps them. False, with nothing
-// changed, if there are fewer such entries.
-bool prune_smallest(const TensorTable& table, int first, int last, int64_t count);
+// Over a table whose tensors all have `pruned` words: of the entries that are neither frozen nor pruned,
+// prunes the `count` smallest by (|p| as fp32, tensor order, index): sets their bits, zeroes p and every
+// EMA, and the moments unless the group keeps them. False, with nothing changed, if there are fewer.
+bool prune_smallest(const TensorTable& table, int64_t count);
 
 }  // namespace fuseopt

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MODES = ("freeze", "grad")
-STATE_KEYS = ("mask_keep", "mask_period", "mask_inner", "mask_mode")
+STATE_KEYS = ("mask_keep", "mask_period", "mask_inner", "mask_freeze")
 
 
 def pack(bits: Tensor) -> Tensor:
@@ -92,4 +92,4 @@ def new_state(p: Tensor, keep: Tensor, mode: str, name: str) -> dict:
             f"parameter's {tuple(p.shape)}; add axes, as in keep[:, None] for rows"
         )
     bits, period, inner = fold(keep, p)
-    return {"mask_keep": pack(bits), "mask_period": period, "mask_inner": inner, "mask_mode": mode}
+    return {"mask_keep": pack(bits), "mask_period": period, "mask_inner": inner, "mask_freeze": mode == "freeze"}

@@ -22,7 +22,8 @@ class Prune:
             pruned, the smallest by (|p|, parameter order, flat index), n being all entries of the
             prunable parameters; frozen entries count in n and are never chosen.
         threshold: instead of a sparsity, prune |p| < threshold at every step from `begin` on.
-        scope: "global" ranks all prunable parameters of the group together, "tensor" each alone.
+        scope: "global" ranks the prunable parameters of all groups with equal Prune options together,
+            "tensor" each alone.
         schedule: how sparsity grows from 0 between `begin` and `end`: "cubic", s*(1 - (1 - x)**3) as
             in Zhu & Gupta 2017; "linear", s*x; "once", s at `begin`. x runs from 0 to 1.
         begin, end, every: acts at the steps t (from 1) with begin <= t <= end and
@@ -45,9 +46,11 @@ class Prune:
     def __post_init__(self):
         if (self.sparsity is None) == (self.threshold is None):
             raise ValueError("Invalid Prune: give either a sparsity or a threshold")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+        if self.sparsity is not None and not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1):
             raise ValueError(f"Invalid sparsity: {self.sparsity!r}; give a number in [0, 1)")
-        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
+        if self.threshold is not None and not (
+            isinstance(self.threshold, (int, float)) and 0 <= self.threshold < float("inf")
+        ):
             raise ValueError(f"Invalid threshold: {self.threshold!r}; give a finite number >= 0")
         _one_of("scope", self.scope, SCOPES)
         _one_of("schedule", self.schedule, SCHEDULES)
@@ -86,7 +89,7 @@ def threshold_at(options: dict | None, t: int) -> float:
 
 def prunable(p: Tensor) -> bool:
     """Whether pruning applies to a parameter: floating, at least two dimensions, being trained."""
-    return p.requires_grad and p.is_floating_point() and p.dim() >= 2
+    return p.requires_grad and p.is_floating_point() and p.dim() >= 2 and p.numel() > 0
 
 
 def smallest(weights: list[Tensor], candidates: list[Tensor], count: int) -> list[Tensor]:
