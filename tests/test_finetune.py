@@ -1,6 +1,7 @@
 """`fuseopt finetune` end to end: outputs, resuming bit for bit, every optimizer."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -125,25 +126,20 @@ def test_resumes_from_the_last_whole_checkpoint(whole, tmp_path):
 
 
 def test_a_real_interrupt_of_a_real_process(tmp_path):
-    options = "--max_steps 160 --save_steps 20 --compare_steps 0 --verify_every 50 --output_dir".split()
+    options = "--max_steps 120 --save_steps 10 --compare_steps 0 --verify_every 50 --output_dir".split()
     command = [sys.executable, "-m", "fuseopt", "finetune", *options]
+    pipes = dict(stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     folder = tmp_path / "stopped"
-    with subprocess.Popen(
-        [*command, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + 120
-        while (
-            not (folder / "checkpoint-40").exists() and process.poll() is None and time.monotonic() < deadline
-        ):
+    with subprocess.Popen([*command, folder], stdout=subprocess.DEVNULL, **pipes) as process:
+        while not list(folder.glob("checkpoint-*")) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert not (folder / "checkpoint-160").exists()
+    assert not (folder / "checkpoint-120").exists()
     for rest in ([folder, "--resume_from_checkpoint"], [tmp_path / "straight"]):
-        done = subprocess.run([*command, *rest], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "arning" not in done.stderr, done.stderr
+        done = subprocess.run([*command, *rest], stdout=subprocess.DEVNULL, **pipes)
+        assert done.returncode == 0 and "arning" not in done.stderr, done.stderr
     same_bits(folder, tmp_path / "straight")
 
 
