@@ -21,7 +21,11 @@ def main(argv=None):
     """Run one command and return its exit status: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]][0](argv[1:])
+        try:
+            return COMMANDS[argv[0]][0](argv[1:])
+        except KeyboardInterrupt:  # before the command could take care of it
+            print("fuseopt: interrupted", file=sys.stderr)
+            return 130
     commands = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fuseopt",

@@ -48,7 +48,10 @@ def load_npz(path, seed):
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"--data {path}: not a readable .npz file of plain arrays") from error
     _check(path, images, labels)
-    return _split(images, labels, seed)
+    try:
+        return _split(images, labels, seed)
+    except ValueError as error:
+        raise ValueError(f"--data {path}: {error}") from error
 
 
 def _check(path, images, labels):
@@ -56,6 +59,10 @@ def _check(path, images, labels):
         raise ValueError(
             f"--data {path}: images must be numbers of shape (N, H, W) or (N, C, H, W), "
             f"found {images.dtype} {images.shape}"
+        )
+    if min(images.shape[-2:]) < 4:
+        raise ValueError(
+            f"--data {path}: images must be at least 4 pixels high and wide, found {images.shape}"
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(

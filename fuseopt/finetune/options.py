@@ -83,7 +83,7 @@ class Options:
 
 TRAINER_DEFAULTS = dict(
     output_dir="runs/finetune",
-    num_train_epochs=30,
+    num_train_epochs=20,
     per_device_train_batch_size=32,
     learning_rate=2e-3,
     weight_decay=0.01,

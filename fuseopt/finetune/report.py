@@ -128,7 +128,7 @@ def summary(run, results, verification):
         f"sparsity  {counts['asked']:,} of {counts['prunable']:,} prunable entries to be +0.0: {zeros}",
         f"frozen    {frozen['changed']:,} of {frozen['entries']:,} entries changed a bit",
         "",
-        str(verification) if verification is not None else "verification off (--verify_every 0)",
+        str(verification) if verification is not None else "no step was verified",
         "",
         *_step_lines(run, results["step"]),
     ]
@@ -143,13 +143,13 @@ def _step_lines(run, step):
         low, high = step[key]["quartiles"]
         spread, moved = f"{low:.3f} to {high:.3f} ms", step[key]["bytes"] / 1e6
         lines.append(f"{label:<22}{step[key]['ms']:>7.3f} ms{spread:>20}{moved:>7.2f} MB")
-    low, high = step["ratio"]["quartiles"]
+    ratio, (low, high) = step["ratio"]["ratio"], step["ratio"]["quartiles"]
     size = sum(p.numel() for p in run.model.parameters())
     same = f"within {step['difference']:.1e}" if step["difference"] else "bit for bit"
     lines += [
-        f"ratio {step['ratio']['ratio']:.1f} (quartiles {low:.1f} to {high:.1f}) over {step['steps']} alternated "
-        f"steps on {step['threads']} threads;",
-        f"both gave the same weights {same}; a small model ({size:,} parameters), where calls cost more than memory",
+        f"ratio {ratio:.1f} (quartiles {low:.1f} to {high:.1f}), {step['steps']} alternated steps, "
+        f"{step['threads']} threads; both gave the same weights {same}",
+        f"a small model, {size:,} parameters: here the calls cost more than the memory",
     ]
     return lines
 

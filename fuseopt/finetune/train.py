@@ -2,10 +2,12 @@
 
 import fnmatch
 import signal
+from pathlib import Path
 
 import torch
 from sklearn.metrics import accuracy_score
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 import fuseopt.verify
@@ -125,8 +127,17 @@ class FusedTrainer(Trainer):
         return self._interruption.requested
 
     def verification(self):
-        """The report over the steps of this process, or None with --verify_every 0."""
+        """The report over the steps of this process; None where no step was to be verified."""
         return self._verification.report()
+
+    def train(self, resume_from_checkpoint=None):
+        """As the Trainer's, which would take one step too many after a checkpoint of the last step."""
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+            if state.global_step >= self.args.max_steps:
+                self.state = state
+                return None
+        return super().train(resume_from_checkpoint)
 
     def evaluate(self, *args, **kwargs):
         """Metrics of the raw weights as eval_*, of the EMA as ema_*; leaves the random numbers alone."""
