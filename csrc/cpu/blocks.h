@@ -68,6 +68,8 @@ class Tile {
       span.stage = &stage_;
     }
     span.scalars = t.scalars;
+    span.ema = view.group.n_ema > 0 ? view.ema(0, at) : nullptr;
+    span.ema_weight = view.group.ema_weight[0];
     span.keep = t.keep.words ? unfold(t.keep, first) : nullptr;
   }
   Tile(const Tile&) = delete;
