@@ -25,7 +25,7 @@ constexpr int kStageScalars = sizeof(StageScalars<double>) / sizeof(double);
 template <class T>
 FUSEOPT_INLINE T effective_grad(T g, bool keep, const StageScalars<T>& s) {
   g = g * (s.inv_grad_scale * s.direction);  // direction is 1 or -1: the product is exact
-  g = keep ? g : T(0);
+  g = select(keep, g, T(0));
   return g * s.clip;
 }
 
@@ -34,7 +34,7 @@ template <class Rule, class T>
 FUSEOPT_INLINE void update_element(T& p, T g, T* slot, const StageScalars<T>& s,
                                    const typename Rule::template Scalars<T>& r) {
   g = s.l2 != T(0) ? fma(s.l2, p, g) : g;  // 0 * inf would be NaN
-  g = p == T(0) ? g : g + copysign(s.l1, p);
+  g = (p == T(0)) | (s.l1 == T(0)) ? g : g + copysign(s.l1, p);  // -0 + 0 would be +0
   p = p * s.decay;
   Rule::update(p, g, slot, r);
   const T magnitude = abs(p) - s.soft_threshold;
@@ -42,9 +42,10 @@ FUSEOPT_INLINE void update_element(T& p, T g, T* slot, const StageScalars<T>& s,
 }
 
 // Stages 1 to 10 on one element of storage type S: p and slot are as they lie in memory. Stages 9
-// (freeze) and 10 (prune) select among the raw values, so frozen entries keep their very bits.
+// (freeze) and 10 (prune) select among the raw values, so frozen entries keep their very bits. Returns
+// whether the element is pruned.
 template <class Rule, class S, bool masked, int n>
-FUSEOPT_INLINE void step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n], bool keep,
+FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n], bool keep,
                                  bool freeze, bool pruned, const StageScalars<typename S::compute>& s,
                                  const typename Rule::template Scalars<typename S::compute>& r) {
   using T = typename S::compute;
@@ -59,14 +60,16 @@ FUSEOPT_INLINE void step_element(typename S::raw& p, typename S::raw g, typename
   const bool frozen = masked & freeze & !keep;
   const bool prune = masked & !frozen & (pruned | (abs(S::load(stored)) < s.prune_below));
   const bool clear = prune & s.keep_moments == T(0);
-  p = frozen ? p : prune ? raw(0) : stored;
-  for (int k = 0; k < Rule::slots; ++k) slot[k] = frozen ? slot[k] : clear ? raw(0) : S::store(moment[k]);
+  p = select(frozen, p, select(prune, raw(0), stored));
+  for (int k = 0; k < Rule::slots; ++k)
+    slot[k] = select(frozen, slot[k], select(clear, raw(0), S::store(moment[k])));
+  return prune;
 }
 
 // Stage 11: an exponential moving average of the stored parameter; exactly as sparse as the model.
 template <class T>
 FUSEOPT_INLINE T ema_element(T ema, T p, T weight, bool pruned) {
-  return pruned ? T(0) : fma(weight, p - ema, ema);
+  return select(pruned, T(0), fma(weight, p - ema, ema));
 }
 
 }  // namespace fuseopt

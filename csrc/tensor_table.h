@@ -12,9 +12,8 @@ struct _object;  // PyObject
 
 namespace fuseopt {
 
-// Sums are formed over kLanes partial sums a block, so kBlock and kLanes are part of their value.
+// Sums are formed block by block, so kBlock is part of their value.
 constexpr int64_t kBlock = 16384;  // elements of one tensor that one thread takes at a time
-constexpr int64_t kLanes = 256;
 constexpr int kMaxEma = 8;
 
 struct Counter {  // a 0-dim fp32 or fp64 tensor of state, such as `step`

@@ -131,8 +131,17 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     statistics = table.run(opt.defaults["statistics"])
     if statistics is not None:
         opt._statistics = statistics
-    torch.autograd.graph.increment_version(table.params())
+    _mark_written(specs, table)
     return prepared
+
+
+def _mark_written(specs: list[tuple], table) -> None:
+    """Bump the version of what was stepped, as torch's in-place operations do."""
+    if len(table) == sum(len(spec[0]) for spec in specs):  # everything: spare the list
+        for spec in specs:
+            torch.autograd.graph.increment_version(spec[0])
+    else:
+        torch.autograd.graph.increment_version(table.params())
 
 
 def _cpu_select(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .schema import compute_dtype
 from .stages import mask
 
 
@@ -14,20 +15,16 @@ def steps_of(opt) -> int:
     return int(max(counts, default=0))
 
 
-def _is_stage_state(key: str) -> bool:
-    return key.startswith("ema_") or key in ("prune_mask", "mask_keep")
-
-
 def _reordered(state: dict, p: Tensor, to_row_major: bool) -> dict:
     """A parameter's state with its masks' bits moved between memory order and row-major order."""
-    plain = torch.empty(p.shape, device="meta")
+    plain = torch.empty(()).expand(p.shape)  # row-major, without memory
     here, there = (p, plain) if to_row_major else (plain, p)
     out = dict(state)
     if "prune_mask" in state:
         full = mask.from_memory_order(mask.unpack(state["prune_mask"], p.numel()), here)
         out["prune_mask"] = mask.pack(mask.flat_in_memory_order(full, there))
     if "mask_keep" in state:
-        keep = mask.unfold(state, here.to("meta") if to_row_major else plain)
+        keep = mask.unfold(state, here)
         bits, out["mask_period"], out["mask_inner"] = mask.fold(keep, there)
         out["mask_keep"] = mask.pack(bits)
     return out
@@ -45,6 +42,15 @@ def outgoing(opt, state_dict: dict[str, Any]) -> dict[str, Any]:
         if isinstance(state, dict) and not p.is_contiguous() and any(key in state for key in ("prune_mask", "mask_keep")):
             state_dict["state"][k] = _reordered(state, p, to_row_major=True)
     return state_dict
+
+
+def with_own_options(opt, state_dict: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The state_dict, its groups given this optimizer's values of the options that they lack, as torch's do."""
+    groups = [
+        {**{name: own[name] for name in names if name in own}, **saved}
+        for own, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True)
+    ]
+    return {**state_dict, "param_groups": groups}
 
 
 def check(opt, state_dict: dict[str, Any]) -> None:
@@ -79,6 +85,8 @@ def _check_state(opt, group: dict, k: int, p: Tensor, state: dict) -> None:
             f"state of parameter {k} holds {', '.join(sorted(found))}, but {type(opt).__name__} keeps "
             f"{', '.join(sorted(expected)) or 'none'}: the checkpoint is of another optimizer"
         )
+    bits = {key: state[key].to(torch.uint8) for key in ("prune_mask", "mask_keep") if isinstance(state.get(key), Tensor)}
+    mask.check_state(f"parameter {k}", p.numel(), {**state, **bits})
     for key, value in state.items():
         if isinstance(value, Tensor) and (key in slots or key.startswith("ema_")) and value.shape != p.shape:
             raise ValueError(f"state {key!r} of parameter {k} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
@@ -92,7 +100,13 @@ def restore_types(opt, state_dict: dict[str, Any]) -> None:
         if not isinstance(saved, dict):
             continue
         for key, value in saved.items():
-            if isinstance(value, Tensor) and _is_stage_state(key):
-                opt.state[p][key] = value.to(p.device) if key.startswith("ema_") else value.cpu()
+            if not isinstance(value, Tensor):
+                continue
+            if key.startswith("ema_"):
+                opt.state[p][key] = value.to(p.device, compute_dtype(p.dtype))
+            elif key in ("prune_mask", "mask_keep"):  # torch makes floats of them when it loads ours
+                opt.state[p][key] = value.to("cpu", torch.uint8)
+            elif key == "mu_product":
+                opt.state[p][key] = value.cpu() if value.dtype == torch.float64 else value.to("cpu", torch.float32)
         if not p.is_contiguous():
             opt.state[p].update(_reordered(opt.state[p], p, to_row_major=False))

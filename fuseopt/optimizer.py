@@ -249,9 +249,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         kept: dict = {}
 
-        def last_hook(_: Any, final: dict) -> None:  # runs after the user's own, before anything changes
+        def last_hook(_: Any, final: dict) -> dict:  # runs after the user's own, before anything changes
             checkpoint.check(self, final)
-            kept.update(final)
+            kept.update(checkpoint.with_own_options(self, final, (*GROUP_OPTIONS, "decoupled_weight_decay")))
+            return kept
 
         hook = self.register_load_state_dict_pre_hook(last_hook)
         try:

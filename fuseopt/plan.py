@@ -97,6 +97,9 @@ def check(opt, gs: GroupStep, p: Tensor, g: Tensor | None) -> None:
     if p.dtype not in schema.DTYPES:
         kinds = ", ".join(str(d).removeprefix("torch.") for d in schema.DTYPES)
         raise TypeError(f"{name} has dtype {p.dtype}; fuseopt steps {kinds}: convert it or use torch.optim for it")
+    for x in (p, g):
+        if x is not None and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise TypeError(f"{name} is {type(x).__name__}, which has no storage of its own; step the tensors it is made of")
     if p.layout != torch.strided or not dense(p):
         raise ValueError(
             f"{name} with strides {tuple(p.stride()) if p.layout == torch.strided else p.layout} does not fill its "
@@ -106,10 +109,13 @@ def check(opt, gs: GroupStep, p: Tensor, g: Tensor | None) -> None:
     if len(devices) > 1:
         found = " and ".join(sorted(map(str, devices)))
         raise ValueError(f"parameters lie on {found}; give each device an optimizer of its own")
+    if opt.defaults["backend"] == "cpu" and p.device.type != "cpu":
+        raise ValueError(f"{name} is on {p.device} and backend='cpu' was asked for; move it, or leave backend out")
     if g is not None:
         check_gradient(name, p, g)
     for key in gs.slots + gs.emas + gs.counters:
         check_state(name, p, key, opt.state.get(p, {}).get(key), key in gs.counters, key in gs.emas)
+    mask.check_state(name, p.numel(), opt.state.get(p, {}))
 
 
 def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
@@ -263,10 +269,18 @@ def target(selection: list[tuple[GroupStep, Tensor]]) -> int:
     return round(selection[0][0].sparsity * sum(p.numel() for _, p in selection))
 
 
+def _held(opt, p: Tensor) -> int:
+    """How many entries are frozen and not pruned already."""
+    held, pruned = frozen(opt, p), opt.prune_mask(p)
+    if held is None:
+        return 0
+    return int(held.sum() if pruned is None else (held & ~pruned).sum())
+
+
 def check_enough_to_prune(opt, selection: list[tuple[GroupStep, Tensor]]) -> None:
     """Raise ValueError if the sparsity asks for more entries than are not frozen."""
     n = sum(p.numel() for _, p in selection)
-    free = n - sum(int(f.sum()) for f in (frozen(opt, p) for _, p in selection) if f is not None)
+    free = n - sum(_held(opt, p) for _, p in selection)
     if target(selection) > free:
         where = "the prunable parameters" if len(selection) > 1 else name_of(opt, selection[0][1])
         raise ValueError(

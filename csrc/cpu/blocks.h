@@ -62,7 +62,14 @@ class Tile {
     span.pruned = t.pruned ? t.pruned + first / 32 : nullptr;
     span.freeze = t.freeze;
     span.stage = &view.group.stage;
+    if (!t.pruned && span.stage->prune_below > 0) {  // the threshold is for prunable parameters alone
+      stage_ = view.group.stage;
+      stage_.prune_below = 0;
+      span.stage = &stage_;
+    }
     span.scalars = t.scalars;
+    span.ema = view.group.n_ema > 0 ? view.ema(0, at) : nullptr;
+    span.ema_weight = view.group.ema_weight[0];
     span.keep = t.keep.words ? unfold(t.keep, first) : nullptr;
   }
   Tile(const Tile&) = delete;
@@ -93,6 +100,7 @@ class Tile {
     return every == ~0u ? nullptr : keep_;
   }
 
+  StageScalars<double> stage_;
   uint32_t keep_[kTile / 32], no_prune_[kTile / 32];
   bool none_kept_ = false;
 };

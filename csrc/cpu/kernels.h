@@ -14,6 +14,7 @@ constexpr int kRules = 0
 constexpr int kStorages = 4;
 
 constexpr int64_t kTile = 1024;  // elements that stay in the first-level cache between loops
+constexpr int64_t kLanes = 256;  // partial sums; part of the value of every sum
 
 // A run of elements of one tensor; of at most kTile where masks are involved. `keep` and `pruned` are words of bits, bit 0 of word 0 for the first
 // element; update_masked reads both, the others take nullptr for "all kept" and "none pruned".
@@ -25,25 +26,28 @@ struct Span {
   const uint32_t* keep;
   uint32_t* pruned;
   bool freeze;
+  void* ema;  // an average that update() takes along; nullptr for none
+  double ema_weight;
   const StageScalars<double>* stage;
   const double* scalars;  // Rule::Scalars<double>
 };
 
 struct Sums {  // lane sums of squares, and counts
-  double grad[256], param[256], update[256];
+  double grad[kLanes], param[kLanes], update[kLanes];
   int64_t zeros, nonfinite;
 };
 
 struct Kernels {
   const char* name;
-  // Stages 1 to 10 and the store.
-  void (*update[kRules][kStorages])(const Span&);
-  void (*update_masked[kRules][kStorages])(const Span&);
+  // Stages 1 to 10, and 11 for one average; by whether there is one: most have one or none, and in the
+  // same loop it costs its memory alone.
+  void (*update[2][kRules][kStorages])(const Span&);
+  void (*update_masked[2][kRules][kStorages])(const Span&);
   // Marks in `pruned` what a threshold pruned: stage 10 left it at zero, below the threshold.
   void (*mark_pruned[kStorages])(const Span&);
-  // Stage 11.
+  // Stage 11, for further averages.
   void (*ema[kStorages])(void* ema, const Span&, double weight);
-  // Adds the squares of the unscaled, kept gradient to 256 lanes.
+  // Adds the squares of the unscaled, kept gradient to kLanes lanes.
   void (*grad_norm[kStorages])(const Span&, double* lanes);
   // Stage 12; `before` is the parameter as it was.
   void (*statistics[kStorages])(const void* before, const Span&, Sums*);

@@ -78,7 +78,7 @@ void clip(TensorTable& table) {
   }
 }
 
-// Every stage on one tile; what the loops share stays in the first-level cache.
+// Every stage on one tile; what several loops share stays in the first-level cache.
 void step_tile(const BlockView& view, int64_t begin, Sums* sums) {
   const Kernels& k = kernels();
   Tile tile(view, begin);
@@ -86,20 +86,24 @@ void step_tile(const BlockView& view, int64_t begin, Sums* sums) {
   const int storage = view.t.storage, rule = view.group.rule;
   alignas(64) char before[kTile * sizeof(double)];
   if (sums) std::memcpy(before, span.p, span.n * element_size(storage));
+  int averages_done = 0;
   if (!tile.all_frozen()) {
-    const bool masked = span.keep || span.pruned;
-    (masked ? k.update_masked : k.update)[rule][storage](masked ? tile.with_all_words() : span);
+    const bool masked = span.keep || span.pruned, averaged = span.ema != nullptr;
+    (masked ? k.update_masked : k.update)[averaged][rule][storage](masked ? tile.with_all_words() : span);
+    averages_done = averaged;
   }
   if (sums) k.statistics[storage](before, span, sums);  // before the bits change: it tells what was free
   if (span.pruned && view.group.stage.prune_below > 0 && !tile.all_frozen())
     k.mark_pruned[storage](tile.with_all_words());
-  for (int e = 0; e < view.group.n_ema; ++e) k.ema[storage](view.ema(e, begin), span, view.group.ema_weight[e]);
+  for (int e = averages_done; e < view.group.n_ema; ++e)
+    k.ema[storage](view.ema(e, begin), span, view.group.ema_weight[e]);
 }
 
 void step_block(const BlockView& view, Sums* sums) {
-  // With nothing but the rule's own streams there is nothing to keep in cache: one run for the block.
-  if (!view.t.keep.words && !view.t.pruned && view.group.n_ema == 0 && !sums) {
-    kernels().update[view.group.rule][view.t.storage](Tile(view, 0, view.n).span);
+  // With one loop over it there is nothing to keep in cache: one run for the block.
+  if (!view.t.keep.words && !view.t.pruned && view.group.n_ema <= 1 && !sums) {
+    const Tile whole(view, 0, view.n);
+    kernels().update[view.group.n_ema][view.group.rule][view.t.storage](whole.span);
     return;
   }
   for (int64_t begin = 0; begin < view.n; begin += kTile) step_tile(view, begin, sums);

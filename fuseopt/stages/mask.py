@@ -59,7 +59,7 @@ def fold(keep: Tensor, p: Tensor) -> tuple[Tensor, int, int]:
         return aligned.reshape(-1)[:1], 1, max(p.numel(), 1)
     first, last = full[0], full[-1]
     between = [aligned.shape[d] if d in full else shape[d] for d in range(first, last + 1)]
-    inner = math.prod(shape[last + 1 :])
+    inner = max(math.prod(shape[last + 1 :]), 1)  # 1 in an empty parameter
     expanded = aligned.expand([*aligned.shape[:first], *between, *aligned.shape[last + 1 :]])
     bits = expanded.reshape(-1)
     return bits, bits.numel(), inner
@@ -73,6 +73,23 @@ def unfold(state: dict, p: Tensor) -> Tensor | None:
     bits = unpack(state["mask_keep"], period)
     flat = bits.repeat_interleave(inner).repeat(max(1, p.numel() // max(1, period * inner)))[: p.numel()]
     return from_memory_order(flat, p).to(p.device)
+
+
+def check_state(name: str, n: int, state: dict) -> None:
+    """Raise ValueError unless the packed bits in the state of a parameter of n entries fit it."""
+    bits = {"prune_mask": n} if "prune_mask" in state else {}
+    found = [key for key in STATE_KEYS if key in state]
+    if found and len(found) < len(STATE_KEYS):
+        missing = ", ".join(key for key in STATE_KEYS if key not in state)
+        raise ValueError(f"state of {name} has {', '.join(found)} but lacks {missing}; set its mask again with opt.mask")
+    if found:
+        bits["mask_keep"], inner = state["mask_period"], state["mask_inner"]
+        if n and n % (bits["mask_keep"] * inner):
+            raise ValueError(f"state 'mask_keep' of {name} does not fit its {n} entries; set its mask again with opt.mask")
+    for key, count in bits.items():
+        value = state[key]
+        if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.numel() < -(-count // 32) * 4:
+            raise ValueError(f"state {key!r} of {name} is not {count} packed bits (uint8); delete it to start afresh")
 
 
 def new_state(p: Tensor, keep: Tensor, mode: str, name: str) -> dict:

@@ -1,0 +1,15 @@
+"""Repeats a live optimizer's steps with torch.optim and separate passes, and reports the difference.
+
+    checker = fuseopt.verify.attach(opt)
+    train(...)
+    print(checker.report())
+
+Nothing here imports the formulas of fuseopt: `recipe` states them anew, the way a user writes them, in
+float64. `shadow` runs the recipe beside the optimizer, `judge` decides what may differ and by how much,
+`report` holds the table of bounds and prints the result.
+"""
+
+from .checker import Checker, attach
+from .report import BOUNDS, Report
+
+__all__ = ["BOUNDS", "Checker", "Report", "attach"]

@@ -1,0 +1,142 @@
+"""One optimizer step as a user writes it: a torch.optim class, and a separate pass for everything else.
+
+All of it in float64, and none of it from the rest of fuseopt: a wrong formula there must not verify itself.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion as its paper's algorithm 2 prints it (Chen et al. 2023); torch has no such class."""
+
+    def __init__(self, params, lr, betas, weight_decay, maximize):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        )
+
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                g = -p.grad if group["maximize"] else p.grad
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                direction = torch.sign(beta1 * m + (1 - beta1) * g)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * direction)
+                m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+
+MOMENTS = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.NAdam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Adagrad: ("sum",),
+    Lion: ("exp_avg",),
+}
+COUNTERS = ("step", "mu_product")
+# How the copy runs is its own affair; it always runs torch's plain loop.
+NOT_COPIED = ("foreach", "fused", "capturable", "differentiable")
+
+
+def options_of(group: dict) -> dict:
+    """The options of a parameter group as plain numbers: an lr that is a tensor may change under our feet."""
+    plain = {}
+    for name, value in group.items():
+        if name == "betas":
+            value = tuple(float(beta) for beta in value)
+        plain[name] = float(value) if isinstance(value, Tensor) else value
+    return plain
+
+
+def is_decoupled(kind: type, options: dict) -> bool:
+    """Whether weight decay, and L1 with it, acts on the weights and not on the gradient."""
+    return kind in (torch.optim.AdamW, Lion) or bool(options.get("decoupled_weight_decay"))
+
+
+def rule(
+    kind: type, options: dict, p: Tensor, g: Tensor, moments: dict, counters: dict
+) -> tuple[Tensor, dict, dict]:
+    """(p, moments, counters) after a step of torch.optim's `kind`, with both forms of L1 and of decay.
+
+    Moments and counters are empty before a parameter's first step: torch makes them.
+    """
+    own = {name: options[name] for name in inspect.signature(kind).parameters if name in options}
+    own = {name: value for name, value in own.items() if name not in NOT_COPIED and name != "params"}
+    lr, l1, decoupled = options["lr"], options.get("l1", 0.0), is_decoupled(kind, options)
+
+    p = p.clone()
+    if l1 and not decoupled:
+        penalty = l1 * torch.sign(p)
+        g = g - penalty if options["maximize"] else g + penalty
+    if decoupled and kind in (torch.optim.SGD, torch.optim.Adagrad):  # torch has only the coupled form
+        p.mul_(1 - lr * options["weight_decay"])
+        own["weight_decay"] = 0.0
+
+    optimizer = kind([p], **own)
+    p.grad = g
+    if moments:
+        state = {name: value.clone() for name, value in (moments | counters).items()}
+        if options.get("amsgrad"):
+            state.setdefault("max_exp_avg_sq", torch.zeros_like(p))
+        optimizer.state[p] = state
+    optimizer.step()
+
+    state = optimizer.state[p]
+    if l1 and decoupled:
+        p = torch.nn.functional.softshrink(p, lr * l1)
+    made = {name: state[name] for name in MOMENTS[kind] if state.get(name) is not None}
+    return p, made, {name: state[name] for name in COUNTERS if name in state}
+
+
+def unscale_and_mask(grad: Tensor, grad_scale: float, keep: Tensor | None) -> Tensor:
+    """What torch.amp.GradScaler.unscale_ and p.grad[~keep] = 0 leave."""
+    g = grad.double() / grad_scale
+    if keep is not None:
+        g[~keep] = 0
+    return g
+
+
+def clip_coefficient(max_grad_norm: float | None, total_norm: Tensor) -> float:
+    """What torch.nn.utils.clip_grad_norm_ multiplies by."""
+    if not max_grad_norm:
+        return 1.0
+    return float(torch.clamp(max_grad_norm / (total_norm + 1e-6), max=1.0))
+
+
+def ema_decay(options: dict, t: int) -> float:
+    """The decay of an average at step t (from 1), as timm.utils.ModelEmaV3.get_decay has it."""
+    if options["warmup"] is None:
+        return options["decay"]
+    step = max(0, t - 1)
+    if step <= 0:
+        return 0.0
+    return max(min(1 - (1 + step) ** -(2 / 3), options["decay"]), 0.0)
+
+
+def sparsity_at(options: dict | None, t: int) -> float | None:
+    """The sparsity to prune to after step t; None at steps that do not select."""
+    if options is None or options["sparsity"] is None:
+        return None
+    begin, end, final = options["begin"], options["end"], options["sparsity"]
+    if options["schedule"] == "once" or end is None or end == begin:
+        return final if t == begin else None
+    if t < begin or t > end or (t - begin) % options["every"] != 0:
+        return None
+    progress = (t - begin) / (end - begin)
+    if options["schedule"] == "linear":
+        return final * progress
+    return final + (0.0 - final) * (1 - progress) ** 3
+
+
+def threshold_at(options: dict | None, t: int) -> float:
+    """The magnitude below which step t prunes; 0 where there is none."""
+    holds = options is not None and options["threshold"] is not None and t >= options["begin"]
+    return options["threshold"] if holds else 0.0
+
+
+def is_prunable(p: Tensor) -> bool:
+    return p.requires_grad and p.dim() >= 2

@@ -1,0 +1,32 @@
+"""Fixtures: nothing that a test sets in the process outlives it."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a shared machine
+
+import pytest
+import torch
+
+from fuseopt import backends, torch_abi
+
+
+@pytest.fixture(params=("cpu", "torch"))
+def backend(request):
+    """Each backend in turn."""
+    if request.param == "cpu" and backends.native_error():
+        pytest.skip(backends.native_error())
+    return request.param
+
+
+@pytest.fixture
+def native():
+    """The compiled module; its instruction set, its reader and torch's threads are put back afterwards."""
+    if backends.native_error():
+        pytest.skip(backends.native_error())
+    from fuseopt import _C
+
+    chosen, threads = _C.instruction_set(), torch.get_num_threads()
+    yield _C
+    _C.set_instruction_set(chosen)
+    _C.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, *torch_abi.find())
+    torch.set_num_threads(threads)

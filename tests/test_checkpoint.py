@@ -1,0 +1,299 @@
+"""state_dict both ways with torch, with torch.save, with deepcopy and pickle; what does not fit is refused."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+
+import fuseopt
+from cases import (
+    BF16,
+    BY_NAME,
+    DTYPES,
+    F32,
+    F64,
+    FUSED_RULES,
+    ONE_EACH,
+    RULES,
+    STAGE,
+    TRAJECTORY,
+    Rule,
+    Snapshot,
+    all_params,
+    assert_close,
+    assert_same_bits,
+    assert_same_state,
+    element_mask,
+    ident,
+    like,
+    parameters,
+    run,
+)
+from fuseopt import EMA, Prune
+
+SHAPES = [(16, 64), (64,)]
+
+
+def through_disk(state_dict):
+    """What torch.load(weights_only=True) makes of torch.save."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def go_on(make, params, state_dict):
+    """A new optimizer on copies of the parameters that continues from `state_dict`."""
+    opt = make(like(params))
+    opt.load_state_dict(state_dict)
+    return opt
+
+
+@pytest.mark.parametrize("dtype", (F32, F64), ids=ident)
+@pytest.mark.parametrize("rule", FUSED_RULES, ids=ident)
+def test_torch_and_back_on_one_trajectory(rule: Rule, dtype):
+    """torch for two steps, ours for two, torch for two: the bits of torch for six."""
+    reference = parameters(SHAPES, dtype)
+    a = run(rule.torchs(parameters(SHAPES, dtype)), [], 0)
+    torchs, params = rule.torchs(reference), all_params(a)
+    run(torchs, reference, 6)
+    run(a, params, 2)
+    b = go_on(rule.ours, params, through_disk(a.state_dict()))
+    run(b, all_params(b), 2, 3)
+    c = go_on(rule.torchs, all_params(b), through_disk(b.state_dict()))
+    run(c, all_params(c), 2, 5)
+    assert_same_state(c, torchs)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.torch_has and not r.fused], ids=ident)
+def test_torch_and_back_by_tolerance(rule, backend):
+    reference = parameters(SHAPES, F64)
+    torchs = run(rule.torchs(reference), reference, 6)
+    a = rule.torchs(parameters(SHAPES, F64))
+    run(a, all_params(a), 2)
+    b = go_on(lambda p: rule.ours(p, backend=backend), all_params(a), through_disk(a.state_dict()))
+    run(b, all_params(b), 2, 3)
+    c = go_on(rule.torchs, all_params(b), through_disk(b.state_dict()))
+    run(c, all_params(c), 2, 5)
+    for p, q in zip(all_params(c), all_params(torchs), strict=True):
+        assert_close(p, q, (1e-7, 1e-9))  # torch keeps mu_product in fp32 and rounds it elsewhere
+
+
+@pytest.mark.parametrize("stage", ("everything", "everything-sparsity"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+@pytest.mark.parametrize("rule", ONE_EACH, ids=ident)
+def test_resuming_half_way_changes_no_bit(rule, dtype, stage, backend):
+    """Saved and loaded at every step of six, with every option on; the options come from the file."""
+    shapes = [(33, 31), (70,), (3, 5, 2, 2)]
+    whole = parameters(shapes, dtype)
+    uncut = STAGE[stage].build(rule, whole, dtype, backend=backend)
+    params = parameters(shapes, dtype)
+    opt = STAGE[stage].build(rule, params, dtype, backend=backend)
+    for t in range(1, 7):
+        run(uncut, whole, 1, t)
+        run(opt, params, 1, t)
+        params = like(params)
+        saved = through_disk(opt.state_dict())
+        opt = rule.ours(params, backend=backend, statistics=opt.defaults["statistics"])
+        opt.load_state_dict(saved)
+        opt.grad_scale = uncut.grad_scale
+        assert_same_state(opt, uncut)
+    if uncut.defaults["statistics"]:
+        run(uncut, whole, 1, 7), run(opt, params, 1, 7)
+        assert dict(opt.statistics()) == dict(uncut.statistics())
+
+
+@pytest.mark.parametrize("before", ("channels_last", "contiguous"))
+def test_bits_of_masks_do_not_depend_on_the_memory_format(before, backend):
+    """Saved in one memory format, loaded in the other: the same mask, the same pruned entries."""
+    formats = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+    after = next(name for name in formats if name != before)
+    (start,) = parameters([(4, 6, 3, 3)])
+    for keep in (element_mask(start), torch.arange(6)[:, None, None] > 2, torch.arange(4)[:, None, None, None] > 1):
+        p, q, whole = (torch.nn.Parameter(start.detach().clone(memory_format=formats[f])) for f in (before, after, before))
+        a, b, uncut = (fuseopt.AdamW([x], lr=0.1, ema=EMA(0.5), prune=Prune(0.5), backend=backend) for x in (p, q, whole))
+        a.mask(p, keep), uncut.mask(whole, keep)
+        run(a, [p], 2), run(uncut, [whole], 2)
+        q.data.copy_(p.data)
+        b.load_state_dict(through_disk(a.state_dict()))
+        assert torch.equal(b.prune_mask(q), a.prune_mask(p))
+        run(b, [q], 2, 3), run(uncut, [whole], 2, 3)
+        assert_same_bits(q, whole)
+        assert_same_bits(b.state[q]["ema_0"], uncut.state[whole]["ema_0"])
+
+
+def test_extras_keep_their_type(backend):
+    """torch would cast an fp32 average to the parameter's bf16, and bits to floats."""
+    p = parameters([(8, 8)], BF16)[0]
+    opt = fuseopt.AdamW([p], ema=EMA(0.5), prune=Prune(0.5), backend=backend)
+    opt.mask(p, element_mask(p))
+    run(opt, [p], 2)
+    other = fuseopt.AdamW(like([p]), backend=backend)
+    other.load_state_dict(through_disk(opt.state_dict()))
+    state = other.state[all_params(other)[0]]
+    assert state["ema_0"].dtype == F32 and state["step"].dtype == F32
+    assert state["prune_mask"].dtype == state["mask_keep"].dtype == torch.uint8
+    assert state["exp_avg"].dtype == BF16
+
+
+def test_masks_survive_a_stay_with_torch(backend):
+    """torch casts all state to the parameter's type, bits included; ours takes them back."""
+    p = parameters([(8, 40)])[0]
+    opt = fuseopt.AdamW([p], prune=Prune(0.5), backend=backend)
+    opt.mask(p, element_mask(p))
+    run(opt, [p], 2)
+    torchs = torch.optim.AdamW(like([p]))
+    torchs.load_state_dict(through_disk(opt.state_dict()))
+    back = fuseopt.AdamW(like([p]), backend=backend)
+    back.load_state_dict(through_disk(torchs.state_dict()))
+    run(opt, [p], 1, 3), run(back, all_params(back), 1, 3)
+    assert_same_state(opt, back)
+
+
+def test_a_state_dict_is_plain_data(backend):
+    p = parameters([(8, 8)])[0]
+    opt = fuseopt.AdamW([("w", p)], lr=torch.tensor(0.1), ema=[EMA(0.5, warmup="timm")], prune=Prune(0.5), l1=0.1, backend=backend)
+    opt.mask(p, element_mask(p))
+    run(opt, [p], 2)
+
+    def plain(x):
+        if isinstance(x, dict):
+            return all(plain(v) for v in [*x, *x.values()])
+        if isinstance(x, (list, tuple)):
+            return all(map(plain, x))
+        return x is None or type(x) in (torch.Tensor, int, float, bool, str)
+
+    assert plain(opt.state_dict())
+
+
+def test_foreign_state_and_group_keys_are_kept(backend):
+    """Schedulers, SAM and others put entries there."""
+    p = parameters([(4,)])[0]
+    opt = fuseopt.SGD([p], lr=0.1, momentum=0.9, backend=backend)
+    opt.param_groups[0]["initial_lr"] = 0.5
+    run(opt, [p], 1)
+    opt.state[p]["old_p"] = torch.ones(4)
+    opt.state["global"] = {"count": 3}
+    other = fuseopt.SGD(like([p]), lr=0.3, momentum=0.9, backend=backend)
+    other.load_state_dict(through_disk(opt.state_dict()))
+    run(other, all_params(other), 1, 2)
+    assert other.param_groups[0]["initial_lr"] == 0.5 and other.param_groups[0]["lr"] == 0.1
+    assert_same_bits(other.state[all_params(other)[0]]["old_p"], torch.ones(4))
+    assert other.state["global"] == {"count": 3}
+
+
+def test_groups_keep_their_own_stage_options_when_a_torch_checkpoint_has_none(backend):
+    """A group with prune=None must not be pruned because the checkpoint knows nothing of pruning."""
+    a, b = parameters([(4, 4), (4, 4)])
+    opt = fuseopt.AdamW(
+        [{"params": [a]}, {"params": [b], "prune": None, "l1": 0.5, "max_grad_norm": 2.0, "ema": EMA(0.5)}],
+        prune=Prune(0.5, begin=4), ema=EMA(0.9), backend=backend,
+    )
+    torchs = torch.optim.AdamW([{"params": [p]} for p in like([a, b])])
+    run(torchs, all_params(torchs), 3)
+    opt.load_state_dict(torchs.state_dict())
+    first, second = opt.param_groups
+    assert first["prune"]["sparsity"] == 0.5 and first["ema"][0]["decay"] == 0.9
+    assert second["prune"] is None and second["l1"] == 0.5 and second["max_grad_norm"] == 2.0
+    assert second["ema"][0]["decay"] == 0.5
+    assert first["steps"] == 3
+
+
+def test_old_checkpoints_take_defaults(backend):
+    """Keys that a checkpoint lacks, as torch does it; the step count comes from the state."""
+    p = parameters([(4,)])[0]
+    opt = run(fuseopt.AdamW([p], backend=backend), [p], 3)
+    saved = through_disk(opt.state_dict())
+    for key in ("l1", "ema", "prune", "max_grad_norm", "steps", "maximize", "amsgrad"):
+        saved["param_groups"][0].pop(key)
+    saved["param_groups"][0]["betas"] = [0.9, 0.999]
+    other = fuseopt.AdamW(like([p]), backend=backend)
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["steps"] == 3
+    run(opt, [p], 1, 4), run(other, all_params(other), 1, 4)
+    assert_same_state(opt, other)
+
+
+@pytest.mark.parametrize("way", (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))), ids=("deepcopy", "pickle"))
+@pytest.mark.parametrize("rule", ONE_EACH, ids=ident)
+def test_copies_go_on_by_themselves(rule, way, backend):
+    params = parameters([(33, 31), (7,)])
+    opt = run(STAGE["everything"].build(rule, params, F32, backend=backend), params, 2)
+    twin = way(opt)
+    assert type(twin) is type(opt)
+    before = Snapshot(opt)
+    twin.grad_scale = opt.grad_scale
+    run(twin, all_params(twin), 2, 3)
+    before.assert_unchanged()
+    run(opt, params, 2, 3)
+    assert_same_state(opt, twin)
+    assert opt.state[params[0]].keys() == twin.state[all_params(twin)[0]].keys()
+    twin.add_param_group({"params": parameters([(3,)])})
+
+
+def test_freed_without_the_garbage_collector(backend):
+    p = parameters([(40, 5)])[0]
+    opt = run(STAGE["everything"].build(BY_NAME["adamw"], [p], F32, backend=backend), [p], 2)
+    gone = weakref.ref(opt)
+    gc.disable()
+    try:
+        del opt
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def damaged(change):
+    """A checkpoint of AdamW after two steps, changed."""
+    p = parameters([(8, 8)])[0]
+    opt = fuseopt.AdamW([p], ema=EMA(0.5), prune=Prune(0.5))
+    opt.mask(p, element_mask(p))
+    saved = through_disk(run(opt, [p], 2).state_dict())
+    change(saved)
+    return saved
+
+
+DAMAGES = {
+    "moment-shape": (lambda s: s["state"][0].update(exp_avg=torch.zeros(8, 7)), "exp_avg.*shape"),
+    "average-shape": (lambda s: s["state"][0].update(ema_0=torch.zeros(3)), "ema_0.*shape"),
+    "prune-mask-size": (lambda s: s["state"][0].update(prune_mask=torch.zeros(4, dtype=torch.uint8)), "prune_mask"),
+    "mask-size": (lambda s: s["state"][0].update(mask_keep=torch.zeros(4, dtype=torch.uint8)), "mask_keep"),
+    "mask-period-gone": (lambda s: s["state"][0].pop("mask_period"), "mask_"),
+    "more-groups": (lambda s: s["param_groups"].append({"params": []}), "group"),
+    "more-parameters": (lambda s: s["param_groups"][0]["params"].append(1), "group"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_does_not_fit_is_refused_with_nothing_changed(name, backend):
+    change, message = DAMAGES[name]
+    p = parameters([(8, 8)])[0]
+    opt = run(fuseopt.AdamW([p], ema=EMA(0.9), backend=backend), [p], 1)
+    before = Snapshot(opt)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(damaged(change))
+    before.assert_unchanged()
+
+
+FOREIGN = [
+    (a, b) for a in ("adamw", "sgd-momentum", "adagrad", "lion") for b in ("adamw", "sgd-momentum", "adagrad", "lion") if a != b
+]
+
+
+@pytest.mark.parametrize(("saved", "loader"), FOREIGN)
+def test_another_optimizers_checkpoint_is_refused(saved, loader, backend):
+    """Where moments would be missing. (Lion's exp_avg is among AdamW's, but not the other way round.)"""
+    p = parameters([(8, 8)])[0]
+    other = run(BY_NAME[saved].ours([p], backend=backend), [p], 2).state_dict()
+    q = like([p])
+    opt = run(BY_NAME[loader].ours(q, backend=backend), q, 1)
+    before = Snapshot(opt)
+    if (saved, loader) == ("adamw", "lion"):
+        pytest.skip("AdamW's state holds all that Lion needs")
+    with pytest.raises(ValueError, match="(?s)state.*optimizer"):
+        opt.load_state_dict(other)
+    before.assert_unchanged()

@@ -1,0 +1,230 @@
+"""Each of a list of mistakes, planted in the torch backend, makes verify fail at the stream it is in."""
+
+import pytest
+import torch
+
+import fuseopt
+from fuseopt import reference, rules, verify
+from fuseopt.stages import clip, decay, ema, prune
+
+LR = 1e-2
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are tiny: waking a second thread costs more than it does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- the mistakes --------------------------------------------------------------------------------
+
+
+def decay_after_the_update(patch):
+    update = rules.AdamW.update
+    patch.setattr(decay, "decoupled", lambda p, d: p)
+    patch.setattr(rules.AdamW, "update", staticmethod(lambda *a: update(*a) * (1 - LR * 0.1)))
+
+
+def bias_corrections_in_float(patch):
+    def update(p, g, slot, counter, hyper):
+        lr, beta1, beta2, eps = hyper
+        t = counter["step"] = counter["step"] + 1
+        slot["exp_avg"] = m = torch.lerp(slot["exp_avg"], g, 1 - beta1)
+        slot["exp_avg_sq"] = v = beta2 * slot["exp_avg_sq"] + (1 - beta2) * g * g
+        correction = 1 - torch.tensor(beta2) ** t  # 1.3e-5 off at t = 1
+        return p - lr / (1 - beta1**t) * m / (v.sqrt() / correction.sqrt() + eps)
+
+    patch.setattr(rules.AdamW, "update", staticmethod(update))
+
+
+def one_minus_beta2_in_float(patch):
+    update = rules.AdamW.update
+
+    def wrong(p, g, slot, counter, hyper):
+        out = update(p, g, slot, counter, hyper)
+        slot["exp_avg_sq"] = slot["exp_avg_sq"] * (1 + 1.3e-5)
+        return out
+
+    patch.setattr(rules.AdamW, "update", staticmethod(wrong))
+
+
+def ema_one_step_ahead(patch):
+    weight = ema.weight
+    patch.setattr(ema, "weight", lambda options, t: weight(options, t + 1))
+
+
+def ema_of_pruned_entries_fades(patch):
+    update = ema.update
+    patch.setattr(ema, "update", lambda e, p, w, pruned: update(e, p, w, None))
+
+
+def sign_of_zero_is_minus_one(patch):
+    patch.setattr(decay, "coupled", lambda g, p, l2, l1: g + l2 * p + torch.where(p > 0, l1, -l1))
+
+
+def l1_before_the_threshold_shrinks_twice(patch):
+    shrink = decay.soft_threshold
+    patch.setattr(decay, "soft_threshold", lambda p, t: shrink(p, 2 * t))
+
+
+def norm_over_masked_entries(patch):
+    norm, gradient = clip.norm, reference.gradient
+    raw = []
+
+    def remember(p, grad, keep, gs):
+        raw.append(gradient(p, grad, None, gs))
+        return gradient(p, grad, keep, gs)
+
+    def wrong(gradients):
+        list(gradients)
+        total = norm(raw)
+        raw.clear()
+        return total
+
+    patch.setattr(reference, "gradient", remember)
+    patch.setattr(clip, "norm", wrong)
+
+
+def clip_without_the_epsilon_of_torch(patch):
+    patch.setattr(clip, "factor", lambda limit, norm: min(1.0, limit / (norm + 1e-3)) if limit else 1.0)
+
+
+def ties_from_the_end(patch):
+    smallest = prune.smallest
+
+    def wrong(weights, candidates, count):
+        flipped = smallest([w.flip(0) for w in weights], [c.flip(0) for c in candidates], count)
+        return [m.flip(0) for m in flipped]
+
+    patch.setattr(prune, "smallest", wrong)
+
+
+def prunes_the_largest(patch):
+    smallest = prune.smallest
+    patch.setattr(prune, "smallest", lambda w, c, n: smallest([1 / x.double().abs() for x in w], c, n))
+
+
+def prunes_one_too_few(patch):
+    smallest = prune.smallest
+    patch.setattr(prune, "smallest", lambda w, c, n: smallest(w, c, max(n - 1, 0)))
+
+
+def linear_for_cubic(patch):
+    at = prune.sparsity_at
+    patch.setattr(prune, "sparsity_at", lambda o, t: at(o and {**o, "schedule": "linear"}, t))
+
+
+def threshold_a_step_late(patch):
+    at = prune.threshold_at
+    patch.setattr(prune, "threshold_at", lambda options, t: at(options, t - 1))
+
+
+def negative_zero_where_pruned(patch):
+    patch.setattr(prune, "apply", lambda x, pruned: torch.where(pruned, -0.0, x))
+
+
+def after_every_step(change):
+    """A mistake made by a hook that runs before the checker's."""
+    return lambda opt, params: opt.register_step_post_hook(lambda *_: change(opt, params))
+
+
+def frozen_moments_move(opt, params):
+    opt.state[params[0]]["exp_avg"].add_(1e-3)
+
+
+def frozen_weights_lose_the_sign_of_zero(opt, params):
+    p = params[0].data
+    p[p == 0] = 0.0
+
+
+def one_weight_is_16_ulp_off(opt, params):
+    p = params[1].data
+    p[5] *= 1 + 2e-6
+
+
+def the_step_count_runs_ahead(opt, params):
+    opt.param_groups[0]["steps"] += 1
+
+
+AVERAGES = [fuseopt.EMA(0.99), fuseopt.EMA(0.999, warmup="timm")]
+THRESHOLD = {"ema": AVERAGES, "prune": fuseopt.Prune(threshold=0.03, begin=2)}
+FULL = {
+    "max_grad_norm": 1.0,
+    "l1": 1e-3,
+    "ema": AVERAGES,
+    "prune": fuseopt.Prune(0.5, begin=2, end=5),
+    "statistics": True,
+}
+# mistake, class, options, the stream that must fail
+PLANTS = [
+    (decay_after_the_update, fuseopt.AdamW, {}, "p"),
+    (bias_corrections_in_float, fuseopt.AdamW, {}, "p"),
+    (one_minus_beta2_in_float, fuseopt.AdamW, {}, "exp_avg_sq"),
+    (ema_one_step_ahead, fuseopt.AdamW, {"ema": AVERAGES}, "ema_1"),
+    (ema_of_pruned_entries_fades, fuseopt.AdamW, THRESHOLD, "pruned"),
+    (sign_of_zero_is_minus_one, fuseopt.Adam, {"l1": 1e-3}, "exp_avg"),
+    (l1_before_the_threshold_shrinks_twice, fuseopt.AdamW, {"l1": 1e-3}, "p"),
+    (norm_over_masked_entries, fuseopt.AdamW, {"max_grad_norm": 1.0}, "exp_avg"),
+    (clip_without_the_epsilon_of_torch, fuseopt.AdamW, {"max_grad_norm": 1.0}, "exp_avg"),
+    (ties_from_the_end, fuseopt.AdamW, {"prune": fuseopt.Prune(0.5)}, "prune_mask"),
+    (prunes_the_largest, fuseopt.AdamW, FULL, "prune_mask"),
+    (prunes_one_too_few, fuseopt.AdamW, FULL, "prune_count"),
+    (linear_for_cubic, fuseopt.AdamW, FULL, "prune_count"),
+    (threshold_a_step_late, fuseopt.AdamW, THRESHOLD, "prune_mask"),
+    (negative_zero_where_pruned, fuseopt.AdamW, FULL, "pruned"),
+    (frozen_moments_move, fuseopt.AdamW, {}, "frozen"),
+    (frozen_weights_lose_the_sign_of_zero, fuseopt.AdamW, {}, "frozen"),
+    (one_weight_is_16_ulp_off, fuseopt.AdamW, {}, "p"),
+    (the_step_count_runs_ahead, fuseopt.AdamW, {}, "counters"),
+]
+HOOKED = (
+    frozen_moments_move,
+    frozen_weights_lose_the_sign_of_zero,
+    one_weight_is_16_ulp_off,
+    the_step_count_runs_ahead,
+)
+
+
+def make(cls, options):
+    """An optimizer over a masked matrix of zeros, negative zeros and equal magnitudes, and a masked vector."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape) * 0.1) for shape in ((32, 16), (16,))]
+    with torch.no_grad():
+        params[0][:, :3] = 0.0
+        params[0][:, 3:6] = -0.0
+        params[0][:, 6:] = params[0][:, 6:].sign() * 0.25
+    opt = cls(params, lr=LR, weight_decay=0.1, backend="torch", **options)
+    opt.mask(params[0], torch.rand(32, 1) > 0.3)
+    opt.mask(params[1], torch.rand(16) > 0.3, mode="grad")
+    return opt, params
+
+
+@pytest.mark.parametrize(
+    ("plant", "cls", "options", "stream"), PLANTS, ids=[plant[0].__name__ for plant in PLANTS]
+)
+def test_a_planted_mistake_fails(plant, cls, options, stream, monkeypatch):
+    """The report fails, at the stream that the mistake is in; without the mistake it passes."""
+    for planted in (False, True):
+        opt, params = make(cls, options)
+        if planted and plant in HOOKED:
+            after_every_step(plant)(opt, params)
+        elif planted:
+            plant(monkeypatch)
+        checker = verify.attach(opt)
+        train(opt, params)
+        report = checker.report()
+        assert report.passed != planted, str(report)
+    assert stream in {row["stream"] for row in report.rows if not row["passed"]}, str(report)
+    assert str(report).splitlines()[-1].startswith("FAIL")
+
+
+def train(opt, params):
+    """The first parameter's gradient is 0 in half of its columns: its equal weights stay equal."""
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        params[0].grad[:, 4:12] = 0.0
+        opt.step()
