@@ -47,6 +47,7 @@ CASES = [
     ("--freeze nothing.*", "nothing.*"),
     ("--freeze *", "*"),
     ("--verify_every -1", "--verify_every"),
+    ("--threads 0", "--threads"),
     ("--compare_steps -1", "--compare_steps"),
     ("--num_train_epochs 0", "--num_train_epochs"),
     ("--num_train_epochs inf", "--num_train_epochs"),

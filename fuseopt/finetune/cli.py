@@ -1,5 +1,6 @@
 """`fuseopt finetune`: what is wrong is found before anything is written, and said in one line."""
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -52,7 +53,8 @@ def main(argv=None):
         except (ValueError, OSError) as error:
             print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        return execute(run)
+        with _threads(options.threads):
+            return execute(run)
     except KeyboardInterrupt:
         print(_interrupted(output_dir), file=sys.stderr)
         return 130
@@ -64,6 +66,8 @@ def prepare(options, args):
     for name in ("verify_every", "compare_steps"):
         if getattr(options, name) < 0:
             raise ValueError(f"--{name} must be 0 or more, found {getattr(options, name)}")
+    if options.threads < 1:
+        raise ValueError(f"--threads must be 1 or more, found {options.threads}")
     set_seed(args.seed)
     data = load_npz(options.data, args.seed) if options.data else embedded_digits(5, 9, args.seed)
     model = load_pretrained(options.pretrained or EMBEDDED, len(data.names), data.image_shape[0]).to(
@@ -100,6 +104,16 @@ def _set_steps(args, images):
     updates = math.ceil(batches / args.gradient_accumulation_steps)
     if args.max_steps <= 0:
         args.max_steps = math.ceil(args.num_train_epochs * updates)
+
+
+@contextlib.contextmanager
+def _threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def execute(run):

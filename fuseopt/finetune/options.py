@@ -73,6 +73,12 @@ class Options:
     backend: Literal["cpu", "torch"] | None = dataclasses.field(
         default=None, metadata={"help": "What runs the step; None: the fastest for the device."}
     )
+    threads: int = dataclasses.field(
+        default=1,
+        metadata={
+            "help": "CPU threads of the training; a small model only waits for more. The steps are timed with all."
+        },
+    )
     compare_steps: int = dataclasses.field(
         default=300, metadata={"help": "Steps timed at the end beside the torch recipe; 0: none."}
     )

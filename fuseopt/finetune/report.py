@@ -148,7 +148,7 @@ def _step_lines(run, step):
     same = f"within {step['difference']:.1e}" if step["difference"] else "bit for bit"
     lines += [
         f"ratio {ratio:.1f} (quartiles {low:.1f} to {high:.1f}), {step['steps']} alternated steps, "
-        f"{step['threads']} threads; both gave the same weights {same}",
+        f"{step['threads']} thread(s); both gave the same weights {same}",
         f"a small model, {size:,} parameters: here the calls cost more than the memory",
     ]
     return lines
