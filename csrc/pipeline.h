@@ -57,9 +57,9 @@ FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename
   update_element<Rule, T>(weight, effective_grad(S::load(g), keep, s), moment, s, r);
 
   const raw stored = S::store(weight);
-  const bool frozen = masked & freeze & !keep;
-  const bool prune = masked & !frozen & (pruned | (abs(S::load(stored)) < s.prune_below));
-  const bool clear = prune & s.keep_moments == T(0);
+  const bool frozen = masked & freeze & (!keep);
+  const bool prune = masked & (!frozen) & (pruned | (abs(S::load(stored)) < s.prune_below));
+  const bool clear = prune & (s.keep_moments == T(0));
   p = select(frozen, p, select(prune, raw(0), stored));
   for (int k = 0; k < Rule::slots; ++k)
     slot[k] = select(frozen, slot[k], select(clear, raw(0), S::store(moment[k])));

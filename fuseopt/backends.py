@@ -64,17 +64,19 @@ def run(opt, step: plan.Step) -> None:
     """Run a step on the backend that `choose` picks: every stage, then the selection if there is one."""
     update, select = TABLE[choose_name(opt)]
     prepared = update(opt, step)
-    _copy_into_new_averages(opt, prepared)
+    _copy_into_new_averages(opt, step, prepared)
     for selection in plan.selections(step):
         select(opt, selection)
 
 
 @torch.no_grad()
-def _copy_into_new_averages(opt, prepared: dict[Tensor, plan.Prepared]) -> None:
-    """The first update of an average copies the parameter."""
-    for p, made in prepared.items():
-        for key in made.new_emas:
-            opt.state[p][key].copy_(p)
+def _copy_into_new_averages(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """The first update of an average copies the parameter; at t = 1 the state may have been made before."""
+    new = [(p, key) for p, made in prepared.items() for key in made.new_emas]
+    if step.t == 1:
+        new += [(p, key) for gs in step.groups for p in gs.group["params"] if p.grad is not None for key in gs.emas]
+    for p, key in new:
+        opt.state[p][key].copy_(p)
 
 
 def choose_name(opt) -> str:

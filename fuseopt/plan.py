@@ -193,6 +193,20 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     return fresh
 
 
+@torch.no_grad()
+def make_state(opt) -> None:
+    """Make the whole state of every parameter that has a gradient, and change nothing else."""
+    step = Step(opt, 1, 1.0)
+    wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.grad is not None]
+    for gs, p in wanting:
+        check(opt, gs, p, p.grad)
+    for gs, p in wanting:
+        new = [key for key in gs.emas if key not in opt.state[p]]
+        complete_state(opt, gs.group, p)
+        for key in new:
+            opt.state[p][key].copy_(p)
+
+
 @dataclass
 class Prepared:
     """What a parameter needed before its step could run."""

@@ -144,7 +144,7 @@ STAGE = {stage.name: stage for stage in STAGES}
 
 # The vector has up to 16 elements, a word of mask bits 32, a tile 1024, a block 16384.
 VECTOR_SIZES = ((64,), (16, 32), (1024,), (128, 128), (2, 16384))
-TAIL_SIZES = ((), (1,), (7,), (31, 1), (33, 31), (1025,))
+TAIL_SIZES = ((), (1,), (7,), (31, 1), (11, 3), (5, 13), (33, 31), (1025,))
 BLOCK_SIZES = ((5, 8, 41), (16385,), (200, 200))
 ALL_SIZES = TAIL_SIZES + ((0,), (0, 3), (1023,), (16383,)) + BLOCK_SIZES
 SIZES = {"tails": TAIL_SIZES, "blocks": BLOCK_SIZES}

@@ -308,6 +308,20 @@ def test_distributed_checkpoint_may_make_state_with_an_empty_step(backend):
     for p, old in zip(model.parameters(), before, strict=True):
         assert_same_bits(p, old)
     assert opt.param_groups[0]["steps"] == 0
+    assert opt.state[model.bias].keys() == {"step", "exp_avg", "exp_avg_sq", "ema_0"}
+    twin = torch.nn.Linear(6, 6)
+    twin.load_state_dict(model.state_dict())
+    other = fuseopt.AdamW(twin.named_parameters(), weight_decay=0.1, ema=EMA(0.5), prune=Prune(0.5), backend=backend)
+    run(opt, list(model.parameters())), run(other, list(twin.parameters()))
+    assert_same_state(opt, other)
+
+
+def test_a_first_step_with_lr_zero_is_a_step(backend):
+    """A warm-up from 0 counts, as soon as a gradient is not zero."""
+    p = parameters([(4, 4)])[0]
+    opt = fuseopt.AdamW([p], lr=0.0, prune=Prune(0.5), backend=backend)
+    run(opt, [p], 1)
+    assert opt.param_groups[0]["steps"] == 1 and opt.state[p]["step"] == 1 and int((p == 0).sum()) == 8
 
 
 # ---- a steady step allocates nothing ----------------------------------------------------------------

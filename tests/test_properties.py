@@ -87,7 +87,7 @@ def too_few(case, params) -> bool:
     )
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, database=None,
+@settings(max_examples=600, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(cases())
 def test_any_combination_agrees_with_the_oracle_and_keeps_the_promises(case):
