@@ -153,6 +153,25 @@ def test_every_optimizer(tmp_path, optimizer):
     assert ("ratio" in metrics["step"]) == (optimizer != "lion"), metrics["step"]
 
 
+def test_a_failed_verification_is_the_exit_status(tmp_path, monkeypatch, capsys):
+    class Failed:
+        passed, rows = False, []
+
+        def report(self):
+            return self
+
+        def detach(self):
+            pass
+
+        def __str__(self):
+            return "FAIL"
+
+    monkeypatch.setattr("fuseopt.verify.attach", lambda optimizer, every: Failed())
+    assert finetune(tmp_path / "run") == 1
+    assert "FAIL" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["verification"]["passed"] is False
+
+
 def test_stages_off(tmp_path):
     off = (
         "--sparsity 0 --ema_decay 0 --freeze none --max_grad_norm 0 --weight_decay 0 --verify_every 0".split()

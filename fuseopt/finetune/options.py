@@ -75,9 +75,7 @@ class Options:
     )
     threads: int = dataclasses.field(
         default=1,
-        metadata={
-            "help": "CPU threads of the training; a small model only waits for more. The steps are timed with all."
-        },
+        metadata={"help": "CPU threads; a small model gains nothing by more, and loses on a busy machine."},
     )
     compare_steps: int = dataclasses.field(
         default=300, metadata={"help": "Steps timed at the end beside the torch recipe; 0: none."}

@@ -42,7 +42,8 @@ def _title(run, results):
     accuracy, counts = results["accuracy"], results["sparsity"]
     final = f"raw {accuracy['raw']:.1%}" + (f", EMA {accuracy['ema']:.1%}" if "ema" in accuracy else "")
     share = counts["raw_zeros"] / max(counts["prunable"], 1)
-    return f"fuseopt {type(run.optimizer).__name__}: {final} accuracy at {share:.0%} sparsity"
+    shaded = " (shaded: the steps that prune)" if counts["asked"] else ""
+    return f"fuseopt {type(run.optimizer).__name__}: {final} accuracy at {share:.0%} sparsity{shaded}"
 
 
 def _series(curves, key):
@@ -110,7 +111,7 @@ def _times(axis, step):
     axis.set_yticks([0, 1], labels)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.set_xlim(0, 1.7 * max(step["fuseopt"]["quartiles"][1], step["torch"]["quartiles"][1]))
+    axis.set_xlim(0, 1.85 * max(step["fuseopt"]["quartiles"][1], step["torch"]["quartiles"][1]))
     low, high = step["ratio"]["quartiles"]
     axis.set_xlabel(
         f"milliseconds (median, quartiles); ratio {step['ratio']['ratio']:.1f} ({low:.1f} to {high:.1f})"

@@ -112,15 +112,15 @@ def _plus_zero(tensor):
 def summary(run, results, verification):
     """The final table, as text."""
     accuracy, counts, frozen = results["accuracy"], results["sparsity"], results["frozen"]
-    total = max(counts["prunable"], 1)
+    total, end = max(counts["prunable"], 1), "pruned, at the end" if counts["asked"] else "at the end"
     rows = [
         ("raw, before pruning", accuracy.get("raw_before_pruning"), 0),
         ("EMA, before pruning", accuracy.get("ema_before_pruning"), 0),
-        ("raw, at the end", accuracy["raw"], counts["raw_zeros"] / total),
-        ("EMA, at the end", accuracy.get("ema"), counts.get("ema_zeros", 0) / total),
+        (f"raw, {end}", accuracy["raw"], counts["raw_zeros"] / total),
+        (f"EMA, {end}", accuracy.get("ema"), counts.get("ema_zeros", 0) / total),
     ]
-    lines = ["", f"{'weights':<22}{'accuracy':>10}{'zeros':>9}"]
-    lines += [f"{name:<22}{value:>10.1%}{zeros:>9.1%}" for name, value, zeros in rows if value is not None]
+    lines = ["", f"{'weights':<24}{'accuracy':>10}{'zeros':>9}"]
+    lines += [f"{name:<24}{value:>10.1%}{zeros:>9.1%}" for name, value, zeros in rows if value is not None]
     zeros = f"{counts['raw_zeros']:,} in the raw weights"
     zeros += f", {counts['ema_zeros']:,} in the EMA" if "ema_zeros" in counts else ""
     lines += [
