@@ -1,5 +1,6 @@
 #include "tensor_table.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "tensor_view.h"
@@ -140,6 +141,10 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
       PyObject* own = nullptr;
+      if (i + 4 < PyList_GET_SIZE(list)) {
+        __builtin_prefetch(PyList_GET_ITEM(list, i + 4));
+        prefetch_view(PyList_GET_ITEM(list, i + 2));
+      }
       if (param == next_param) {
         own = next_state;
         if (!PyDict_Next(state, &position, &next_param, &next_state)) next_param = nullptr;
@@ -162,14 +167,17 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
 }
 
 void TensorTable::cut() {
-  constexpr int64_t item_elements = 2 * kBlock;  // enough work to be worth handing to a thread
   blocks.clear(), items.clear();
+  int64_t total = 0;
+  for (const Tensor& t : tensors) total += t.n;
+  // An item is worth handing to a thread, and long enough that its streams seldom start anew.
+  const int64_t item_elements = std::max(2 * kBlock, std::min(64 * kBlock, total / 32));
   items.push_back(0);
   int64_t filled = 0;
   for (int k = 0; k < int(tensors.size()); ++k) {
     const int64_t n = tensors[k].n;
     for (int64_t begin = 0; begin < n; begin += kBlock) {
-      const int64_t length = n - begin < kBlock ? n - begin : kBlock;
+      const int64_t length = std::min(kBlock, n - begin);
       blocks.push_back({k, int32_t(length), begin});
       filled += length;
       if (filled >= item_elements) items.push_back(int(blocks.size())), filled = 0;

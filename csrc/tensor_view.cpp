@@ -98,6 +98,12 @@ void set_torch(PyObject* tensor, PyObject* parameter, PyObject* describe_functio
   if (handle_offset >= 0) std::memcpy(&shim, functions.data(), sizeof shim);
 }
 
+void prefetch_view(PyObject* object) {
+  if (handle_offset < 0) return;
+  const char* impl = *reinterpret_cast<char**>(reinterpret_cast<char*>(object) + handle_offset);
+  for (int line = 0; line < 3; ++line) __builtin_prefetch(impl + 64 * line);
+}
+
 bool view(PyObject* object, TensorView* out) {
   if (!is_plain(object)) return false;
   return handle_offset >= 0 ? view_by_shim(object, out) : view_by_python(object, out);

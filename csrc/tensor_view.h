@@ -30,6 +30,9 @@ constexpr int kBits = 100;
 void set_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* describe,
                const std::vector<intptr_t>& functions, Py_ssize_t offset);
 
+// Asks for the memory that view() will read; what lies behind it is cold where tensors are many.
+void prefetch_view(PyObject* object);
+
 // False when `object` is not a plain tensor: another kind of object, a wrapper subclass, sparse. Leaves
 // no Python exception behind.
 bool view(PyObject* object, TensorView* out);

@@ -13,15 +13,21 @@ inline int64_t element_size(int storage) {
   return size[storage];
 }
 
-// Calls fn(block index) for every block. Which thread does which is left open, so fn may only write
-// what belongs to its block. omp_get_max_threads() is torch's number: one OpenMP pool serves both.
+// Calls fn(item) for every item of the table. Which thread does which is left open, so fn may only write
+// what belongs to its blocks. omp_get_max_threads() is torch's number: one OpenMP pool serves both.
 template <class Fn>
-void for_each_block(const TensorTable& table, const Fn& fn) {
+void for_each_item(const TensorTable& table, const Fn& fn) {
   const int items = int(table.items.size()) - 1;
   const int threads = items < omp_get_max_threads() ? items : omp_get_max_threads();
 #pragma omp parallel for schedule(dynamic) num_threads(threads < 1 ? 1 : threads) if (threads > 1)
-  for (int i = 0; i < items; ++i)
+  for (int i = 0; i < items; ++i) fn(i);
+}
+
+template <class Fn>
+void for_each_block(const TensorTable& table, const Fn& fn) {
+  for_each_item(table, [&](int i) {
     for (int b = table.items[i]; b < table.items[i + 1]; ++b) fn(b);
+  });
 }
 
 // The sum of the lanes that a run of n elements touched, by halving: the same on any machine.

@@ -99,14 +99,25 @@ void step_tile(const BlockView& view, int64_t begin, Sums* sums) {
     k.ema[storage](view.ema(e, begin), span, view.group.ema_weight[e]);
 }
 
+// One update loop over the whole view, where nothing else wants the data while it is in the cache.
+bool step_at_once(const BlockView& view) {
+  if (view.t.keep.words || view.t.pruned || view.group.n_ema > 1) return false;
+  const Tile whole(view, 0, view.n);
+  kernels().update[view.group.n_ema][view.group.rule][view.t.storage](whole.span);
+  return true;
+}
+
 void step_block(const BlockView& view, Sums* sums) {
-  // With one loop over it there is nothing to keep in cache: one run for the block.
-  if (!view.t.keep.words && !view.t.pruned && view.group.n_ema <= 1 && !sums) {
-    const Tile whole(view, 0, view.n);
-    kernels().update[view.group.n_ema][view.group.rule][view.t.storage](whole.span);
-    return;
-  }
   for (int64_t begin = 0; begin < view.n; begin += kTile) step_tile(view, begin, sums);
+}
+
+// The blocks of an item; neighbours in one tensor are taken together, so that streams run on.
+void step_item(const TensorTable& table, int item) {
+  for (int b = table.items[item]; b < table.items[item + 1];) {
+    BlockView view(table, table.blocks[b]);
+    for (++b; b < table.items[item + 1] && table.blocks[b].begin > 0; ++b) view.n += table.blocks[b].n;
+    if (!step_at_once(view)) step_block(view, nullptr);
+  }
 }
 
 struct BlockSums {
@@ -129,19 +140,22 @@ Statistics total(const std::vector<BlockSums>& blocks) {
 void step(TensorTable& table, Statistics* statistics) {
   clip(table);
   prepare_scalars(table);
-  static thread_local std::vector<BlockSums> sums;
-  sums.resize(statistics ? table.blocks.size() : 0);
-  BlockSums* out = sums.data();
-  for_each_block(table, [&](int b) {
-    const BlockView view(table, table.blocks[b]);
-    if (!statistics) return step_block(view, nullptr);
-    Sums lanes{};
-    step_block(view, &lanes);
-    out[b] = {add_lanes(lanes.grad, view.n), add_lanes(lanes.param, view.n), add_lanes(lanes.update, view.n),
-              lanes.zeros, lanes.nonfinite};
-  });
+  if (statistics) {
+    static thread_local std::vector<BlockSums> sums;
+    sums.resize(table.blocks.size());
+    BlockSums* out = sums.data();
+    for_each_block(table, [&](int b) {
+      const BlockView view(table, table.blocks[b]);
+      Sums lanes{};
+      step_block(view, &lanes);
+      out[b] = {add_lanes(lanes.grad, view.n), add_lanes(lanes.param, view.n), add_lanes(lanes.update, view.n),
+                lanes.zeros, lanes.nonfinite};
+    });
+    *statistics = total(sums);
+  } else {
+    for_each_item(table, [&](int i) { step_item(table, i); });
+  }
   store_counters(table);
-  if (statistics) *statistics = total(sums);
 }
 
 }  // namespace fuseopt
