@@ -127,7 +127,7 @@ bool TensorTable::add(PyObject* param, PyObject* grad, PyObject* state, PyObject
 }
 
 void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, double inv_grad_scale) {
-  static PyObject *grad_name = key("grad"), *nothing = PyDict_New();
+  static PyObject* nothing = PyDict_New();
   groups.clear(), tensors.clear(), problems.clear(), params.clear();
   const bool any_replaced = PyDict_Size(grads) > 0;
   // Walk the state beside the parameters: hashing a tensor calls Python, and the order mostly agrees.
@@ -149,7 +149,7 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
         own = next_state;
         if (!PyDict_Next(state, &position, &next_param, &next_state)) next_param = nullptr;
       }
-      PyObject* grad = PyObject_GetAttr(param, grad_name);
+      PyObject* grad = grad_of(param);
       if (grad == nullptr) throw std::runtime_error("fuseopt: a parameter has no .grad attribute");
       PyObject* replacement = any_replaced ? PyDict_GetItemWithError(grads, param) : nullptr;
       PyObject* used = replacement ? item(replacement, 0) : grad;

@@ -23,6 +23,7 @@ PyTypeObject* tensor_type;
 PyTypeObject* parameter_type;
 PyObject* plain_dispatch;  // torch.Tensor.__torch_dispatch__
 PyObject* describe;
+PyGetSetDef* grad_property;  // torch.Tensor.grad, if it is a plain C property
 Shim shim;
 Py_ssize_t handle_offset = -1;  // where a Python tensor holds its at::Tensor; -1: ask `describe`
 
@@ -94,8 +95,19 @@ void set_torch(PyObject* tensor, PyObject* parameter, PyObject* describe_functio
   plain_dispatch = PyObject_GetAttrString(tensor, "__torch_dispatch__");
   Py_INCREF(tensor), Py_INCREF(parameter), Py_INCREF(describe_function);
   describe = describe_function;
+  PyObject* grad = PyObject_GetAttrString(tensor, "grad");
+  const bool plain = grad && Py_IS_TYPE(grad, &PyGetSetDescr_Type);
+  grad_property = plain ? reinterpret_cast<PyGetSetDescrObject*>(grad)->d_getset : nullptr;
+  Py_XDECREF(grad);  // its type holds it
   handle_offset = functions.size() * sizeof(intptr_t) == sizeof shim ? offset : -1;
   if (handle_offset >= 0) std::memcpy(&shim, functions.data(), sizeof shim);
+}
+
+PyObject* grad_of(PyObject* param) {
+  PyTypeObject* type = Py_TYPE(param);
+  if (grad_property && (type == tensor_type || type == parameter_type))  // spare the look-up of the name
+    return grad_property->get(param, grad_property->closure);
+  return PyObject_GetAttrString(param, "grad");
 }
 
 void prefetch_view(PyObject* object) {

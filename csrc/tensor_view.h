@@ -30,6 +30,9 @@ constexpr int kBits = 100;
 void set_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* describe,
                const std::vector<intptr_t>& functions, Py_ssize_t offset);
 
+// `.grad` of a parameter: a new reference, or nullptr with a Python exception set.
+PyObject* grad_of(PyObject* param);
+
 // Asks for the memory that view() will read; what lies behind it is cold where tensors are many.
 void prefetch_view(PyObject* object);
 

@@ -151,19 +151,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             return loss
-        if self._is_dry_run():
+        steps = self._steps()
+        if steps == 0 and self._is_dry_run():
             plan.make_state(self)
             return loss
         scale = getattr(self, "grad_scale", None)
-        step = plan.Step(self, self._steps() + 1, 1.0 if scale is None else 1.0 / float(scale))
+        step = plan.Step(self, steps + 1, 1.0 if scale is None else 1.0 / float(scale))
         backends.run(self, step)
         for group in self.param_groups:
             group["steps"] = step.t
         return loss
 
     def _is_dry_run(self) -> bool:
-        """Whether torch.distributed.checkpoint asks for state: a first step with lr 0 and zero gradients."""
-        if self._steps() > 0 or any(float(group["lr"]) != 0 for group in self.param_groups):
+        """Whether this first step is torch.distributed.checkpoint's, to make state: lr 0, zero gradients."""
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
         return not any(p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"])
 
