@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from . import backends, checkpoint, explain, plan
+from . import averages, backends, checkpoint, checks, explain, plan
 from .stages import clip, decay, ema, mask, prune
 
 try:  # Python 3.11
@@ -182,7 +182,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises TypeError or ValueError for a mask that does not fit, with nothing changed.
         """
-        group, p, name = plan.find(self, param)
+        group, p, name = checks.find(self, param)
         entries = mask.new_state(p, keep, mode, name)
         if self.counters(group) and self.counters(group)[0] not in self.state[p]:
             plan.complete_state(self, group, p, averages=False)  # torch takes any state for a whole one
@@ -194,7 +194,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def prune_mask(self, param: Tensor | str) -> Tensor | None:
         """Boolean tensor of the parameter's shape, True where pruned; None where nothing is."""
-        _, p, _ = plan.find(self, param)
+        _, p, _ = checks.find(self, param)
         bits = self.state.get(p, {}).get("prune_mask")
         return None if bits is None else mask.from_memory_order(mask.unpack(bits, p.numel()), p)
 
@@ -207,7 +207,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if self._swapped:
             raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
-        saved = [(p, p.detach().clone(), average) for p, average in plan.averages(self, k)]
+        saved = [(p, p.detach().clone(), average) for p, average in averages.of(self, k)]
         self._swapped = True
         try:
             with torch.no_grad():
@@ -227,8 +227,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Another model is matched by name, so the optimizer must have been given named parameters. Raises
         ValueError, with nothing changed, where that is not so or a name or shape does not match.
         """
-        pairs = [(target, average) for target, average in plan.match_averages(self, model, k)]
-        for target, average in pairs:
+        for target, average in averages.match(self, model, k):
             target.copy_(average)
 
     def statistics(self) -> Mapping[str, float]:

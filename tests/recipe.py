@@ -5,9 +5,8 @@ bits are those that one pass over memory must give.
 """
 
 import torch
-from torch import Tensor
-
 from cases import Rule, all_params
+from torch import Tensor
 
 
 def fma(a: float, b: Tensor, c: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from cases import BY_NAME, F32, RULES, Snapshot, Stage, element_mask, ident, parameters, run, set_gradients
 
 import fuseopt
-from cases import BY_NAME, F32, RULES, Snapshot, Stage, element_mask, ident, parameters, run, set_gradients
 from fuseopt import EMA, Prune, rules
 
 TENSOR2 = torch.ones(2)

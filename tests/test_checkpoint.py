@@ -8,8 +8,6 @@ import weakref
 
 import pytest
 import torch
-
-import fuseopt
 from cases import (
     BF16,
     BY_NAME,
@@ -20,7 +18,6 @@ from cases import (
     ONE_EACH,
     RULES,
     STAGE,
-    TRAJECTORY,
     Rule,
     Snapshot,
     all_params,
@@ -33,6 +30,8 @@ from cases import (
     parameters,
     run,
 )
+
+import fuseopt
 from fuseopt import EMA, Prune
 
 SHAPES = [(16, 64), (64,)]

@@ -13,18 +13,15 @@ torch = pytest.importorskip("torch")
 for extra in ("transformers", "accelerate", "sklearn", "matplotlib", "safetensors"):
     pytest.importorskip(extra)
 
-import numpy as np  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import numpy as np
+from safetensors.torch import load_file
 
-from fuseopt.__main__ import main  # noqa: E402
-from fuseopt.finetune import pretrain, train  # noqa: E402
-from fuseopt.finetune.data import embedded_digits  # noqa: E402
-from fuseopt.finetune.model import EMBEDDED, DigitNet  # noqa: E402
+from fuseopt.__main__ import main
+from fuseopt.finetune import pretrain, train
+from fuseopt.finetune.data import embedded_digits
+from fuseopt.finetune.model import EMBEDDED, DigitNet
 
-SHORT = (
-    "--max_steps 24 --prune_begin 5 --prune_end 17 --prune_every 4 --eval_steps 6 --save_steps 8 "
-    "--logging_steps 3 --compare_steps 0 --verify_every 6 --disable_tqdm true"
-).split()
+SHORT = ["--max_steps", "24", "--prune_begin", "5", "--prune_end", "17", "--prune_every", "4", "--eval_steps", "6", "--save_steps", "8", "--logging_steps", "3", "--compare_steps", "0", "--verify_every", "6", "--disable_tqdm", "true"]
 OUTPUTS = {
     "model.safetensors",
     "model_ema.safetensors",
@@ -124,7 +121,7 @@ def test_resumes_from_the_last_whole_checkpoint(whole, tmp_path):
 
 
 def test_a_real_interrupt_of_a_real_process(tmp_path):
-    options = "--max_steps 120 --save_steps 10 --compare_steps 0 --verify_every 50 --output_dir".split()
+    options = ["--max_steps", "120", "--save_steps", "10", "--compare_steps", "0", "--verify_every", "50", "--output_dir"]
     command = [sys.executable, "-m", "fuseopt", "finetune", *options]
     pipes = dict(stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "stopped"
@@ -174,7 +171,7 @@ def test_a_failed_verification_is_the_exit_status(tmp_path, monkeypatch, capsys)
 
 def test_stages_off(tmp_path):
     off = (
-        "--sparsity 0 --ema_decay 0 --freeze none --max_grad_norm 0 --weight_decay 0 --verify_every 0".split()
+        ["--sparsity", "0", "--ema_decay", "0", "--freeze", "none", "--max_grad_norm", "0", "--weight_decay", "0", "--verify_every", "0"]
     )
     assert finetune(tmp_path / "run", *off) == 0
     files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}

@@ -11,11 +11,11 @@ torch = pytest.importorskip("torch")
 for extra in ("transformers", "accelerate", "sklearn", "matplotlib", "safetensors"):
     pytest.importorskip(extra)
 
-import numpy as np  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import numpy as np
+from safetensors.torch import load_file, save_file
 
-from fuseopt.__main__ import main  # noqa: E402
-from fuseopt.finetune.model import EMBEDDED  # noqa: E402
+from fuseopt.__main__ import main
+from fuseopt.finetune.model import EMBEDDED
 
 # Options, and what the line must name. {x} is a file that `files` makes.
 CASES = [

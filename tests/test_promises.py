@@ -4,8 +4,6 @@ import io
 
 import pytest
 import torch
-
-import fuseopt
 from cases import (
     BY_NAME,
     DTYPES,
@@ -27,6 +25,8 @@ from cases import (
     run,
     set_gradients,
 )
+
+import fuseopt
 from fuseopt import EMA, Prune
 
 SHAPES = [(33, 31), (70,), (3, 5, 2, 2), (), (0, 3), (17, 1025)]
@@ -371,14 +371,14 @@ def test_the_heap_does_not_grow_with_steps(native):
     import ctypes
 
     class Mallinfo2(ctypes.Structure):
-        _fields_ = [(n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+        _fields_ = [(n, ctypes.c_size_t) for n in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]]
 
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except AttributeError:
         pytest.skip("the C library has no mallinfo2")
     mallinfo.restype = Mallinfo2
-    used = lambda: (lambda m: m.uordblks + m.hblkhd)(mallinfo())  # noqa: E731
+    used = lambda: (lambda m: m.uordblks + m.hblkhd)(mallinfo())
     params = parameters([(64,)] * 200)
     opt = STAGE["everything"].build(BY_NAME["adamw"], params, F32, backend="cpu")
     run(opt, params, 3)

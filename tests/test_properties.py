@@ -1,9 +1,6 @@
 """A sweep over rule x dtype x options x shapes x steps, drawn by hypothesis, the same at every run."""
 
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from cases import (
     BACKENDS,
     BF16,
@@ -23,6 +20,9 @@ from cases import (
     parameters,
     synchronise,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from fuseopt import EMA, Prune
 
 dimensions = st.integers(0, 40)

@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_code_blocks_run_one_after_the_other():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     names: dict = {}
     for block in blocks:
@@ -23,14 +23,14 @@ def test_the_code_blocks_run_one_after_the_other():
 
 def test_the_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.M):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_every_option_of_the_table_exists():
     parameters = {*fuseopt.optimizer.GROUP_OPTIONS, *fuseopt.optimizer.WHOLE_OPTIONS}
     table = README.split("## Options")[1].split("## ")[0]
-    named = set(re.findall(r"^\| `(\w+)=", table, re.M))
+    named = set(re.findall(r"^\| `(\w+)=", table, re.MULTILINE))
     assert named - {"decoupled_weight_decay"} == parameters
 
 

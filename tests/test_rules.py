@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from cases import (
     BF16,
     BLOCK_SIZES,

@@ -22,7 +22,7 @@ def test_the_compiled_schema_is_pythons(native):
 
 def test_the_order_of_the_stage_scalars_is_that_of_the_struct():
     """Their number alone would not tell two that changed places."""
-    struct = re.search(r"struct StageScalars \{(.*?)\};", (ROOT / "csrc/pipeline.h").read_text(), re.S)[1]
+    struct = re.search(r"struct StageScalars \{(.*?)\};", (ROOT / "csrc/pipeline.h").read_text(), re.DOTALL)[1]
     fields = [name.strip() for line in re.findall(r"T ([\w, ]+);", struct) for name in line.split(",")]
     assert tuple(fields) == schema.STAGE_SCALARS
 

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-
-import fuseopt
 from cases import (
     BF16,
     BY_NAME,
@@ -37,8 +35,10 @@ from cases import (
     set_gradients,
     synchronise,
 )
-from fuseopt import EMA, Prune
 from recipe import Recipe
+
+import fuseopt
+from fuseopt import EMA, Prune
 
 # ---- every stage against the recipe (bits) and the oracle (tolerance) -----------------------------
 
@@ -815,7 +815,7 @@ def test_statistics_are_what_they_say(masks, dtype, backend):
     sums = opt.statistics()
     free = [p.grad.double()[k] / 2 for p, k in zip(params, keep, strict=True)]
     after = [p.detach().double() for p in params]
-    norm = lambda xs: math.sqrt(sum(float(x.square().sum()) for x in xs))  # noqa: E731
+    norm = lambda xs: math.sqrt(sum(float(x.square().sum()) for x in xs))
     assert sums["grad_norm"] == pytest.approx(norm(free), rel=1e-12)
     assert sums["param_norm"] == pytest.approx(norm(after), rel=1e-12)
     assert sums["update_norm"] == pytest.approx(norm([a - b for a, b in zip(after, before, strict=True)]), rel=1e-12)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-
-import fuseopt
 from cases import (
     ALL_SIZES,
     BF16,
@@ -25,6 +23,8 @@ from cases import (
     run,
     set_gradients,
 )
+
+import fuseopt
 from fuseopt import EMA, Prune
 
 

@@ -1,0 +1,105 @@
+"""Names for messages, and the checks that come before the first write."""
+
+import torch
+from torch import Tensor
+
+from . import schema
+from .stages import mask
+
+
+def name_of(opt, p: Tensor) -> str:
+    """How messages call a parameter: its own name, or its place."""
+    for k, group in enumerate(opt.param_groups):
+        for i, q in enumerate(group["params"]):
+            if q is p:
+                names = group.get("param_names")
+                return repr(names[i]) if names else f"parameter {i} of group {k}"
+    return "a parameter"
+
+
+def find(opt, param: Tensor | str) -> tuple[dict, Tensor, str]:
+    """(group, parameter, name) of a parameter given itself or by name. Raises ValueError if it has none."""
+    for group in opt.param_groups:
+        names = group.get("param_names") or [None] * len(group["params"])
+        for p, name in zip(group["params"], names, strict=True):
+            if p is param or (isinstance(param, str) and name == param):
+                return group, p, name_of(opt, p)
+    if isinstance(param, str):
+        raise ValueError(f"no parameter is named {param!r}; build the optimizer from model.named_parameters()")
+    raise ValueError("this tensor is not a parameter of the optimizer; add it with add_param_group first")
+
+
+def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor | None) -> None:
+    """Raise TypeError or ValueError if p cannot be stepped with gradient g (None: only with its state)."""
+    name = name_of(opt, p)
+    if p.dtype not in schema.DTYPES:
+        kinds = ", ".join(str(d).removeprefix("torch.") for d in schema.DTYPES)
+        raise TypeError(f"{name} has dtype {p.dtype}; fuseopt steps {kinds}: convert it or use torch.optim for it")
+    for x in (p, g):
+        if x is not None and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise TypeError(f"{name} is {type(x).__name__}, which has no storage of its own; step the tensors it is made of")
+    if p.layout != torch.strided or not dense(p):
+        raise ValueError(
+            f"{name} with strides {tuple(p.stride()) if p.layout == torch.strided else p.layout} does not fill its "
+            "memory; pass a contiguous tensor, not a slice or an expanded view"
+        )
+    devices = {q.device for group in opt.param_groups for q in group["params"]}
+    if len(devices) > 1:
+        found = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"parameters lie on {found}; give each device an optimizer of its own")
+    if opt.defaults["backend"] == "cpu" and p.device.type != "cpu":
+        raise ValueError(f"{name} is on {p.device} and backend='cpu' was asked for; move it, or leave backend out")
+    if g is not None:
+        check_gradient(name, p, g)
+    for key in slots + emas + counters:
+        check_state(name, p, key, opt.state.get(p, {}).get(key), key in counters, key in emas)
+    mask.check_state(name, p.numel(), opt.state.get(p, {}))
+
+
+def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
+    """Raise ValueError or TypeError unless g is a dense gradient of p's shape, dtype and device."""
+    if g.layout != torch.strided:
+        raise ValueError(f"the gradient of {name} is {g.layout}; fuseopt takes dense ones (sparse=False in the layer)")
+    if g.shape != p.shape:
+        raise ValueError(f"the gradient of {name} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
+    if g.dtype != p.dtype:
+        raise TypeError(f"the gradient of {name} has dtype {g.dtype}, the parameter {p.dtype}; convert one of them")
+    if g.device != p.device:
+        raise ValueError(f"the gradient of {name} is on {g.device}, the parameter on {p.device}; move one of them")
+
+
+def check_state(name: str, p: Tensor, key: str, value, is_counter: bool, is_ema: bool) -> None:
+    """Raise ValueError or TypeError unless a state entry, where there is one, fits the parameter."""
+    if value is None:
+        return
+    remedy = "delete it from the optimizer's state to start it afresh"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"state {key!r} of {name} is {type(value).__name__}, not a tensor; {remedy}")
+    if is_counter:
+        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"state {key!r} of {name} must be one fp32 or fp64 number; {remedy}")
+        return
+    if value.shape != p.shape:
+        raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}; {remedy}")
+    expected = schema.compute_dtype(p.dtype) if is_ema else p.dtype
+    if value.dtype != expected:
+        raise TypeError(f"state {key!r} of {name} has dtype {value.dtype}, not {expected}; convert it, or {remedy}")
+    if value.device != p.device:
+        raise ValueError(f"state {key!r} of {name} is on {value.device}, not {p.device}; move it, or {remedy}")
+
+
+def dense(p: Tensor) -> bool:
+    """Whether p fills its memory without gaps or overlap, in some order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((p.stride(d), p.shape[d]) for d in range(p.dim()) if p.shape[d] > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+@torch.no_grad()
+def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
+    """x itself if its elements lie in memory as p's do, otherwise a copy that does."""
+    same = all(a == b or n <= 1 for a, b, n in zip(x.stride(), p.stride(), p.shape, strict=True))
+    return x if same else torch.empty_like(p, dtype=x.dtype).copy_(x)
