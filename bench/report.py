@@ -102,6 +102,13 @@ def _best(case: dict, family: str, part: str = "") -> float | None:
     return min((r["ratio"]["median"] for r in rows), default=None)
 
 
+def _restored(case: dict, family: str, _part: str) -> float | None:
+    """The least ratio to fuseopt's mode "freeze" among the recipes that restore what is frozen."""
+    own = next((r for r in case["variants"] if "freeze" in r["name"] and "ratio" in r), None)
+    best = _best(case, f"{family}, restored")
+    return best / own["ratio"]["median"] if own and best else None
+
+
 def _share(case: dict, _family: str, _part: str) -> float | None:
     return case["variants"][0].get("share", {}).get("median")
 
@@ -116,6 +123,8 @@ TARGETS = [  # what, least value, (cases, shapes), how it is read
         "fused",
     ),
     ("plain step: share of the bandwidth", 0.9, ("adamw sgd", "one fifty"), _share, "", ""),
+    ("full step, frozen: best recipe with float masks", 2.0, ("full", "one fifty"), _restored, "float masks", ""),
+    ("full step, frozen: best recipe with boolean masks", 2.7, ("full", "one fifty"), _restored, "boolean masks", ""),
     ("full step: best recipe with float masks", 2.0, ("full", "one fifty"), _best, "float masks", ""),
     ("full step: best recipe with boolean masks", 2.7, ("full", "one fifty"), _best, "boolean masks", ""),
     (

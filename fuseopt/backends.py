@@ -19,7 +19,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         from . import _C
     except ImportError as error:
-        return None, f"the compiled module fuseopt._C is missing ({error}); install a C++ compiler and reinstall fuseopt"
+        return None, f"the compiled module fuseopt._C is missing ({error}); install a C++ compiler, then fuseopt again"
     _C.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, *torch_abi.find())
     return _C, None
 

@@ -39,7 +39,7 @@ def outgoing(opt, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Bits in row-major order, so that a checkpoint does not depend on a parameter's memory format."""
     for k, p in enumerate(_numbered(opt)):
         state = state_dict["state"].get(k)
-        if isinstance(state, dict) and not p.is_contiguous() and any(key in state for key in ("prune_mask", "mask_keep")):
+        if isinstance(state, dict) and not p.is_contiguous() and {"prune_mask", "mask_keep"} & state.keys():
             state_dict["state"][k] = _reordered(state, p, to_row_major=True)
     return state_dict
 
@@ -77,7 +77,9 @@ def _check_state(opt, group: dict, k: int, p: Tensor, state: dict) -> None:
     try:
         slots, counters = opt.slots(group), opt.counters(group)
     except KeyError as missing:
-        raise ValueError(f"the checkpoint's group lacks {missing}: it is of another optimizer than {type(opt).__name__}") from None
+        raise ValueError(
+            f"the checkpoint's group lacks {missing}: it is of another optimizer than {type(opt).__name__}"
+        ) from None
     expected = {*slots, *counters}
     found = {key for key in _RULE_KEYS if state.get(key) is not None}
     if found and (found - expected - _OPTIONAL or expected - found - _OPTIONAL):
@@ -85,7 +87,8 @@ def _check_state(opt, group: dict, k: int, p: Tensor, state: dict) -> None:
             f"state of parameter {k} holds {', '.join(sorted(found))}, but {type(opt).__name__} keeps "
             f"{', '.join(sorted(expected)) or 'none'}: the checkpoint is of another optimizer"
         )
-    bits = {key: state[key].to(torch.uint8) for key in ("prune_mask", "mask_keep") if isinstance(state.get(key), Tensor)}
+    packed = {key: state[key] for key in ("prune_mask", "mask_keep") if isinstance(state.get(key), Tensor)}
+    bits = {key: value.to(torch.uint8) for key, value in packed.items()}
     mask.check_state(f"parameter {k}", p.numel(), {**state, **bits})
     for key, value in state.items():
         if isinstance(value, Tensor) and (key in slots or key.startswith("ema_")) and value.shape != p.shape:

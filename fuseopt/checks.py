@@ -37,7 +37,8 @@ def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor 
         raise TypeError(f"{name} has dtype {p.dtype}; fuseopt steps {kinds}: convert it or use torch.optim for it")
     for x in (p, g):
         if x is not None and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise TypeError(f"{name} is {type(x).__name__}, which has no storage of its own; step the tensors it is made of")
+            kind = type(x).__name__
+            raise TypeError(f"{name} is {kind}, which has no storage of its own; step the tensors it is made of")
     if p.layout != torch.strided or not dense(p):
         raise ValueError(
             f"{name} with strides {tuple(p.stride()) if p.layout == torch.strided else p.layout} does not fill its "

@@ -44,7 +44,8 @@ def _rows(opt, k: int, group: dict) -> list[dict]:
         if not p.requires_grad and p.grad is None:
             continue
         dtype = str(p.dtype).removeprefix("torch.")
-        row = rows.setdefault(dtype, {"group": k, "dtype": dtype, "tensors": 0, "elements": 0} | dict.fromkeys(STREAMS, 0))
+        empty = {"group": k, "dtype": dtype, "tensors": 0, "elements": 0} | dict.fromkeys(STREAMS, 0)
+        row = rows.setdefault(dtype, empty)
         n, size = p.numel(), p.element_size()
         row["tensors"] += 1
         row["elements"] += n

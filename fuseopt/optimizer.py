@@ -102,7 +102,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in stages:
             if name not in allowed:
                 raise TypeError(
-                    f"{type(self).__name__} got an unknown option {name!r}; beside torch's it takes {', '.join(allowed)}"
+                    f"{type(self).__name__} got an unknown option {name!r}; beside torch's: {', '.join(allowed)}"
                 )
         defaults = {**allowed, **stages, **more}
         backends.check_name(defaults["backend"])
@@ -166,7 +166,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether this first step is torch.distributed.checkpoint's, to make state: lr 0, zero gradients."""
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        return not any(p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"])
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        return not any(g is not None and bool(g.any()) for g in gradients)
 
     # ---- masks, averages, reports ---------------------------------------------------------------
 

@@ -81,11 +81,11 @@ def check_state(name: str, n: int, state: dict) -> None:
     found = [key for key in STATE_KEYS if key in state]
     if found and len(found) < len(STATE_KEYS):
         missing = ", ".join(key for key in STATE_KEYS if key not in state)
-        raise ValueError(f"state of {name} has {', '.join(found)} but lacks {missing}; set its mask again with opt.mask")
+        raise ValueError(f"state of {name} has {', '.join(found)} but lacks {missing}; set it again with opt.mask")
     if found:
         bits["mask_keep"], inner = state["mask_period"], state["mask_inner"]
         if n and n % (bits["mask_keep"] * inner):
-            raise ValueError(f"state 'mask_keep' of {name} does not fit its {n} entries; set its mask again with opt.mask")
+            raise ValueError(f"state 'mask_keep' of {name} does not fit its {n} entries; set it again with opt.mask")
     for key, count in bits.items():
         value = state[key]
         if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.numel() < -(-count // 32) * 4:
