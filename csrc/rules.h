@@ -18,6 +18,13 @@ constexpr int kMaxCounters = 2;
 constexpr int kMaxHyper = 6;
 constexpr int kMaxScalars = 8;
 
+struct CounterValue {  // of a 0-dim fp32 or fp64 tensor
+  double value;
+  bool is_double;
+  // Rounded as the tensor rounds, before anything is formed of it: so torch does.
+  double multiply(double by) { return value = is_double ? value * by : float(value) * float(by); }
+};
+
 // torch.lerp: m + w(g - m), written from the nearer end so that w = 1 gives g exactly.
 template <class T>
 FUSEOPT_INLINE T lerp(T m, T g, T w) {
@@ -34,8 +41,8 @@ struct AdamRule {
   struct Scalars {
     T one_minus_beta1, beta2, one_minus_beta2, eps, minus_step_size, sqrt_bias_correction2;
   };
-  static Scalars<double> prepare(const double* hyper, double* counter) {
-    const double t = counter[0] += 1;
+  static Scalars<double> prepare(const double* hyper, CounterValue* counter) {
+    const double t = counter[0].value += 1;
     const double bias_correction1 = 1 - std::pow(hyper[beta1], t);
     const double bias_correction2 = 1 - std::pow(hyper[beta2], t);
     return {1 - hyper[beta1], hyper[beta2], 1 - hyper[beta2], hyper[eps],
@@ -63,7 +70,7 @@ struct Sgd {
   struct Scalars {
     T minus_lr;
   };
-  static Scalars<double> prepare(const double* hyper, double*) { return {-hyper[lr]}; }
+  static Scalars<double> prepare(const double* hyper, CounterValue*) { return {-hyper[lr]}; }
   template <class T>
   static FUSEOPT_INLINE void update(T& p, T g, T*, const Scalars<T>& s) {
     p = fma(s.minus_lr, g, p);
@@ -78,8 +85,8 @@ struct SgdMomentum {
     T minus_lr, momentum, one_minus_dampening, nesterov, first;
   };
   // counter[0] is 1 where the buffer is new: it then starts as the undamped gradient.
-  static Scalars<double> prepare(const double* hyper, double* counter) {
-    return {-hyper[lr], hyper[momentum], 1 - hyper[dampening], hyper[nesterov], counter[0]};
+  static Scalars<double> prepare(const double* hyper, CounterValue* counter) {
+    return {-hyper[lr], hyper[momentum], 1 - hyper[dampening], hyper[nesterov], counter[0].value};
   }
   template <class T>
   static FUSEOPT_INLINE void update(T& p, T g, T* slot, const Scalars<T>& s) {
@@ -97,15 +104,15 @@ struct NAdam {
   struct Scalars {
     T one_minus_beta1, beta2, one_minus_beta2, eps, bias_correction2, grad_step, moment_step;
   };
-  static Scalars<double> prepare(const double* hyper, double* counter) {
-    const double t = counter[0] += 1;
+  static Scalars<double> prepare(const double* hyper, CounterValue* counter) {
+    const double t = counter[0].value += 1;
     const double mu = hyper[beta1] * (1 - 0.5 * std::pow(0.96, t * hyper[momentum_decay]));
     const double mu_next = hyper[beta1] * (1 - 0.5 * std::pow(0.96, (t + 1) * hyper[momentum_decay]));
-    counter[1] = float(counter[1]) * float(mu);  // torch keeps mu_product in fp32
+    const double product = counter[1].multiply(mu);
     return {1 - hyper[beta1], hyper[beta2], 1 - hyper[beta2], hyper[eps],
             1 - std::pow(hyper[beta2], t),
-            -hyper[lr] * (1 - mu) / (1 - counter[1]),
-            -hyper[lr] * mu_next / (1 - counter[1] * mu_next)};
+            -hyper[lr] * (1 - mu) / (1 - product),
+            -hyper[lr] * mu_next / (1 - product * mu_next)};
   }
   template <class T>
   static FUSEOPT_INLINE void update(T& p, T g, T* slot, const Scalars<T>& s) {
@@ -126,8 +133,8 @@ struct Adagrad {
   struct Scalars {
     T minus_lr, eps;
   };
-  static Scalars<double> prepare(const double* hyper, double* counter) {
-    const double t = counter[0] += 1;
+  static Scalars<double> prepare(const double* hyper, CounterValue* counter) {
+    const double t = counter[0].value += 1;
     return {-(hyper[lr] / (1 + (t - 1) * hyper[lr_decay])), hyper[eps]};
   }
   template <class T>
@@ -144,7 +151,7 @@ struct Lion {
   struct Scalars {
     T minus_lr, one_minus_beta1, one_minus_beta2;
   };
-  static Scalars<double> prepare(const double* hyper, double*) {
+  static Scalars<double> prepare(const double* hyper, CounterValue*) {
     return {-hyper[lr], 1 - hyper[beta1], 1 - hyper[beta2]};
   }
   template <class T>

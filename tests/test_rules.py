@@ -199,9 +199,11 @@ def test_counters_follow_the_default_type(backend):
         p = torch.nn.Parameter(torch.ones(3))
         q = torch.nn.Parameter(torch.ones(3))
         ours, torchs = run(BY_NAME["nadam"].ours([p], backend=backend), [p]), run(BY_NAME["nadam"].torchs([q]), [q])
+        assert p.dtype == F64
         for key in COUNTERS:
             assert ours.state[p][key].dtype == torchs.state[q][key].dtype
-        assert_close(p, q, (1e-9, 1e-9))  # ours forms mu_product in fp32, as torch does by default
+            assert_same_bits(ours.state[p][key], torchs.state[q][key], key)
+        assert_close(p, q, (1e-15, 0))
     finally:
         torch.set_default_dtype(F32)
 
@@ -283,3 +285,19 @@ def test_bias_corrections_are_formed_in_double(steps, backend):
     m, v = 0.9 * m + (1 - 0.9) * g, 0.9999 * v + (1 - 0.9999) * g * g
     step_size, root = 0.01 / (1 - 0.9**steps), math.sqrt(1 - 0.9999**steps)
     assert_close(p, before - step_size * m / (v.sqrt() / root + 1e-6), ONE_STEP[F32])
+
+
+@pytest.mark.parametrize("kept", (F32, F64), ids=ident)
+def test_a_counter_is_multiplied_in_its_own_type(kept, native):
+    """NAdam's mu_product, whatever the default type is: checkpoints bring either."""
+    params = parameters([(5,), (6,), (7,)], F64)  # neighbours share scalars
+    torchs = run(BY_NAME["nadam"].torchs(like(params)), [], 0)
+    ours = BY_NAME["nadam"].ours(params, backend="cpu")
+    run(ours, params, 1), run(torchs, torchs.param_groups[0]["params"], 1)
+    for opt in (ours, torchs):
+        for k, s in enumerate(opt.state.values()):
+            s["mu_product"] = s["mu_product"].to(kept if k else F32)
+    run(ours, params, STEPS, 2), run(torchs, torchs.param_groups[0]["params"], STEPS, 2)
+    for p, q in zip(params, torchs.param_groups[0]["params"], strict=True):
+        assert_same_bits(ours.state[p]["mu_product"], torchs.state[q]["mu_product"])
+        assert_close(p, q, (1e-14, 1e-15))

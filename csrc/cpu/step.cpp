@@ -7,9 +7,9 @@
 namespace fuseopt {
 namespace {
 
-void (*const prepare[kRules])(const double* hyper, double* counter, double* scalars) = {
+void (*const prepare[kRules])(const double* hyper, CounterValue* counter, double* scalars) = {
 #define FUSEOPT_PREPARE(Rule, name)                                  \
-  [](const double* hyper, double* counter, double* scalars) {        \
+  [](const double* hyper, CounterValue* counter, double* scalars) {  \
     const auto s = Rule::prepare(hyper, counter);                    \
     static_assert(sizeof s <= kMaxScalars * sizeof(double), name);   \
     std::memcpy(scalars, &s, sizeof s);                              \
@@ -22,17 +22,22 @@ void (*const prepare[kRules])(const double* hyper, double* counter, double* scal
 // Neighbours mostly share a group and a step count, and then the scalars too.
 void prepare_scalars(TensorTable& table) {
   const Tensor* last = nullptr;
-  double last_before[kMaxCounters] = {};
+  CounterValue last_before[kMaxCounters] = {};
   for (Tensor& t : table.tensors) {
     const Group& group = table.groups[t.group];
-    double value[kMaxCounters] = {t.counter[0].value, t.counter[1].value};
-    if (last && last->group == t.group && value[0] == last_before[0] && value[1] == last_before[1]) {
+    CounterValue now[kMaxCounters];
+    bool same = last && last->group == t.group;
+    for (int k = 0; k < kMaxCounters; ++k) {
+      now[k] = {t.counter[k].value, t.counter[k].is_double};
+      same = same && now[k].value == last_before[k].value && now[k].is_double == last_before[k].is_double;
+    }
+    if (same) {
       std::memcpy(t.scalars, last->scalars, sizeof t.scalars);
       for (int k = 0; k < kMaxCounters; ++k) t.counter[k].value = last->counter[k].value;
     } else {
-      std::copy(value, value + kMaxCounters, last_before);
-      prepare[group.rule](group.hyper, value, t.scalars);
-      for (int k = 0; k < kMaxCounters; ++k) t.counter[k].value = value[k];
+      std::copy(now, now + kMaxCounters, last_before);
+      prepare[group.rule](group.hyper, now, t.scalars);
+      for (int k = 0; k < kMaxCounters; ++k) t.counter[k].value = now[k].value;
     }
     last = &t;
   }

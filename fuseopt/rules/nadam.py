@@ -70,7 +70,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         t = counter["step"] = counter["step"] + 1
         mu = beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
-        product = torch.tensor(counter["mu_product"]) * torch.tensor(mu)  # torch keeps it in fp32
+        product = torch.tensor(counter["mu_product"]) * torch.tensor(mu)  # in the default type, as torch keeps it
         product = counter["mu_product"] = float(product)
         slot["exp_avg"] = m = torch.lerp(slot["exp_avg"], g, 1 - beta1)
         slot["exp_avg_sq"] = v = beta2 * slot["exp_avg_sq"] + (1 - beta2) * g * g
