@@ -19,7 +19,7 @@ class Lion(FusedOptimizer):
         weight_decay: decoupled; usual values are 3 to 10 times larger than AdamW's.
 
     The stage options of FusedOptimizer follow by keyword. foreach, fused and capturable are accepted and
-    change nothing. Raises ValueError for values outside these ranges.
+    change nothing. Raises ValueError for values outside these ranges, TypeError for what is no number.
     """
 
     def __init__(
@@ -37,11 +37,18 @@ class Lion(FusedOptimizer):
         **stages: Unpack[StageOptions],
     ):
         self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=True)
+        for name, value in (("learning rate", lr), ("weight_decay", weight_decay)):
+            if not isinstance(value, (int, float, Tensor)):
+                raise TypeError(f"Invalid {name}: {value!r}; give a number")
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         if not 0.0 <= lr:
             raise ValueError(f"Invalid learning rate: {lr}")
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"Invalid betas: {betas!r}; give two numbers in [0, 1)")
         for k, beta in enumerate(betas):
+            if not isinstance(beta, (int, float, Tensor)):
+                raise TypeError(f"Invalid beta parameter at index {k}: {beta!r}; give a number in [0, 1)")
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {k}: {beta}")
         if not 0.0 <= weight_decay:

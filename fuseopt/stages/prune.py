@@ -27,7 +27,8 @@ class Prune:
         schedule: how sparsity grows from 0 between `begin` and `end`: "cubic", s*(1 - (1 - x)**3) as
             in Zhu & Gupta 2017; "linear", s*x; "once", s at `begin`. x runs from 0 to 1.
         begin, end, every: acts at the steps t (from 1) with begin <= t <= end and
-            (t - begin) % every == 0. end=None acts once, at `begin`, to the full sparsity.
+            (t - begin) % every == 0; end must be such a step, or the sparsity would fall short. end=None
+            (default), with any schedule, acts once: at `begin`, to the full sparsity.
         moments: "zero" clears the optimizer's state of pruned entries, "keep" leaves it running.
 
     By default floating parameters with two or more dimensions are pruned; a parameter group with
@@ -61,6 +62,14 @@ class Prune:
                 raise ValueError(f"Invalid Prune {name}: {value!r}; give a whole number of steps, at least 1")
         if self.end is not None and self.end < self.begin:
             raise ValueError(f"Invalid Prune end: {self.end}; it lies before begin={self.begin}")
+        if self.schedule == "once" and (self.end is not None or self.every != 1):
+            raise ValueError("Invalid Prune: schedule='once' acts at `begin` alone; leave out end and every")
+        if self.end is not None and (self.end - self.begin) % self.every:
+            nearest = self.begin + max(1, round((self.end - self.begin) / self.every)) * self.every
+            raise ValueError(
+                f"Invalid Prune end: {self.end}; it is no step of every={self.every} from begin={self.begin}, "
+                f"so the sparsity would not be reached: use end={nearest}"
+            )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -73,7 +82,7 @@ def sparsity_at(options: dict | None, t: int) -> float | None:
     if options is None or options["sparsity"] is None:
         return None
     begin, s = options["begin"], options["sparsity"]
-    end = begin if options["end"] is None or options["schedule"] == "once" else options["end"]
+    end = begin if options["end"] is None else options["end"]
     if not begin <= t <= end or (t - begin) % options["every"]:
         return None
     x = 1.0 if end == begin else (t - begin) / (end - begin)
