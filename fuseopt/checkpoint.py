@@ -1,10 +1,13 @@
 """state_dict and load_state_dict beyond torch's: stage state keeps its type, and bits travel row-major."""
 
+import copy
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import plan
 from .schema import compute_dtype
 from .stages import mask
 
@@ -45,54 +48,124 @@ def outgoing(opt, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_own_options(opt, state_dict: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The state_dict, its groups given this optimizer's values of the options that they lack, as torch's do."""
-    groups = [
-        {**{name: own[name] for name in names if name in own}, **saved}
-        for own, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True)
-    ]
+    """The state_dict, its groups given this optimizer's values of the options that they lack, as torch's do.
+
+    An optimizer without averages or pruning saves them as empty: that is lacking them, too.
+    """
+    groups = []
+    for own, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
+        group = {**{name: own[name] for name in names if name in own}, **saved}
+        group.update({name: own[name] for name in ("ema", "prune") if name in own and not group.get(name)})
+        groups.append(group)
     return {**state_dict, "param_groups": groups}
 
 
-def check(opt, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError unless the checkpoint fits: groups, numbers of parameters, shapes, kind of state."""
-    saved, own = state_dict["param_groups"], opt.param_groups
-    sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
+def check_form(state_dict: Any) -> None:
+    """Raise ValueError or TypeError unless the checkpoint has the form of an optimizer's state_dict."""
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"the checkpoint is {_kind(state_dict)}, not a dict; give what an optimizer's state_dict() returns")
+    for key, kind in (("state", dict), ("param_groups", list)):
+        if key not in state_dict:
+            raise ValueError(f"the checkpoint has no {key!r}; give what an optimizer's state_dict() returns")
+        if not isinstance(state_dict[key], kind):
+            raise TypeError(f"the checkpoint's {key!r} is {_kind(state_dict[key])}, not a {kind.__name__}")
+    for k, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, dict):
+            raise TypeError(f"the checkpoint's group {k} is {_kind(group)}, not a dict")
+        if not isinstance(group.get("params"), list):
+            raise ValueError(f"the checkpoint's group {k} has no list 'params'")
+        steps = group.get("steps", 0)
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"the checkpoint's group {k} has {steps!r} as its 'steps'; they are a whole number >= 0")
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def check_sizes(opt, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError unless groups and numbers of parameters are the optimizer's."""
+    sizes = [[len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], opt.param_groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"loaded state dict has parameter groups of sizes {sizes[0]}, the optimizer {sizes[1]}")
-    ids = [k for group in saved for k in group["params"]]
-    groups = [{**now, **then} for now, then in zip(own, saved, strict=True) for _ in now["params"]]
-    for k, p, group in zip(ids, _numbered(opt), groups, strict=True):
-        state = state_dict["state"].get(k)
-        if isinstance(state, dict):
-            _check_state(opt, group, k, p, state)
 
 
-# Every rule's state; what may be absent without the state being another rule's.
-_RULE_KEYS = {"step", "mu_product", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}
-_OPTIONAL = {"max_exp_avg_sq", "momentum_buffer"}
+def check(opt, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError unless the groups can be stepped and every state fits its parameter."""
+    groups = _groups_after_loading(opt, state_dict)
+    for k, group in enumerate(groups):
+        try:
+            plan.group_step(opt, group, 1, 1.0)
+        except KeyError as missing:
+            raise ValueError(
+                f"the checkpoint's group {k} lacks {missing}: it is of another optimizer than {type(opt).__name__}"
+            ) from None
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint's group {k} holds a wrong hyper-parameter: {error}") from None
+    ids = [(k, group) for group in groups for k in group["params"]]
+    for (k, group), p in zip(ids, _numbered(opt), strict=True):
+        if k in state_dict["state"]:
+            _check_state(opt, group, k, p, state_dict["state"][k])
 
 
-def _check_state(opt, group: dict, k: int, p: Tensor, state: dict) -> None:
-    """Raise ValueError unless the state of parameter k has this rule's keys and the parameter's shape."""
-    try:
-        slots, counters = opt.slots(group), opt.counters(group)
-    except KeyError as missing:
-        raise ValueError(
-            f"the checkpoint's group lacks {missing}: it is of another optimizer than {type(opt).__name__}"
-        ) from None
+def _groups_after_loading(opt, state_dict: dict[str, Any]) -> list[dict]:
+    """The groups as torch's __setstate__ completes them, made in an optimizer of its own."""
+    trial = object.__new__(type(opt))
+    groups = copy.deepcopy(state_dict["param_groups"])
+    trial.__setstate__({"defaults": opt.defaults, "state": {}, "param_groups": groups})
+    return groups
+
+
+def _rule_keys(*also: type) -> tuple[set[str], set[str]]:
+    """State keys of all rules, and those among them that options switch on, which may be absent."""
+    from . import rules  # which imports this module
+
+    every, needed = defaultdict(lambda: True), defaultdict(lambda: False)
+    found, optional = set(), set()
+    for cls in (*rules.ALL, *also):
+        most = {*cls.slots(every), *cls.counters(every)}
+        found |= most
+        optional |= most - {*cls.slots(needed), *cls.counters(needed)}
+    return found, optional
+
+
+def _check_state(opt, group: dict, k: int, p: Tensor, state: Any) -> None:
+    """Raise ValueError or TypeError unless the state of parameter k is this rule's, of the parameter's shape."""
+    if not isinstance(state, dict):
+        raise TypeError(f"state of parameter {k} is {_kind(state)}, not a dict")
+    slots, counters = opt.slots(group), opt.counters(group)
     expected = {*slots, *counters}
-    found = {key for key in _RULE_KEYS if state.get(key) is not None}
-    if found and (found - expected - _OPTIONAL or expected - found - _OPTIONAL):
+    known, optional = _rule_keys(type(opt))
+    found = {key for key in known if state.get(key) is not None}
+    if found and (found - expected - optional or expected - found - optional):
         raise ValueError(
             f"state of parameter {k} holds {', '.join(sorted(found))}, but {type(opt).__name__} keeps "
             f"{', '.join(sorted(expected)) or 'none'}: the checkpoint is of another optimizer"
         )
+    for key, value in state.items():
+        if key in counters and not _is_number(value):
+            raise TypeError(f"state {key!r} of parameter {k} is {_kind(value)}, not one number")
+        if key in slots or key.startswith("ema_"):
+            _check_values(key, value, k, p)
+    for key in ("mask_period", "mask_inner"):
+        value = state.get(key, 1)
+        if not isinstance(value, int) or (value < 1 and p.numel()):
+            raise ValueError(f"state {key!r} of parameter {k} is {value!r}, not a whole number >= 1")
     packed = {key: state[key] for key in ("prune_mask", "mask_keep") if isinstance(state.get(key), Tensor)}
     bits = {key: value.to(torch.uint8) for key, value in packed.items()}
     mask.check_state(f"parameter {k}", p.numel(), {**state, **bits})
-    for key, value in state.items():
-        if isinstance(value, Tensor) and (key in slots or key.startswith("ema_")) and value.shape != p.shape:
-            raise ValueError(f"state {key!r} of parameter {k} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a counter can be read: torch's older versions kept plain numbers."""
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
+
+
+def _check_values(key: str, value: Any, k: int, p: Tensor) -> None:
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"state {key!r} of parameter {k} is {_kind(value)}, not a tensor")
+    if value is not None and value.shape != p.shape:
+        raise ValueError(f"state {key!r} of parameter {k} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
 
 
 def restore_types(opt, state_dict: dict[str, Any]) -> None:

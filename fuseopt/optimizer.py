@@ -41,7 +41,8 @@ WHOLE_OPTIONS = {"statistics": False, "backend": None}
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
-    Stage options, by keyword on every class; the first four may differ between parameter groups:
+    Stage options, by keyword on every class; the first four may differ between parameter groups, and
+    count from the next step on when edited in `param_groups`:
         max_grad_norm: clip the gradient by its global L2 norm over all groups, scaling by
             min(1, max_grad_norm / (norm + 1e-6)). None (default): no clipping.
         l1: L1 penalty, coupled or decoupled as weight_decay is. 0 (default): none.
@@ -58,6 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _stage_defaults: dict | None = None
     _table = None
     _statistics: Mapping | None = None
+    _valid: list | None = None  # the groups' stage options when they were last validated
     _swapped = False
 
     # ---- what a rule provides -------------------------------------------------------------------
@@ -110,17 +112,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._stage_defaults = defaults
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's; the group may also carry max_grad_norm, l1, ema and prune."""
+        """As torch's; the group may also carry max_grad_norm, l1, ema and prune.
+
+        Raises ValueError for a group with `statistics` or `backend`: they hold for the whole optimizer.
+        """
         if self._stage_defaults is not None:  # during construction
             self.defaults.update(self._stage_defaults)
             self.__dict__.pop("_stage_defaults")
         if isinstance(param_group, dict):
+            for name in WHOLE_OPTIONS:
+                if name in param_group:
+                    raise ValueError(f"{name!r} belongs to the optimizer, not to a parameter group; pass it by keyword")
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:
                     param_group.setdefault(name, copy.deepcopy(self.defaults[name]))
             _normalise(param_group)
-            param_group.setdefault("steps", self._steps())
+            param_group["steps"] = self._steps()  # not what another optimizer left in the caller's dict
         super().add_param_group(param_group)
+        _drop_whole_options(param_group)
         self._statistics = None
 
     def __setstate__(self, state: dict) -> None:
@@ -129,10 +138,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:
                     group.setdefault(name, copy.deepcopy(self.defaults[name]))
-            group.setdefault("steps", checkpoint.steps_of(self))
+            _drop_whole_options(group)
+        steps = max(self._steps(), checkpoint.steps_of(self))  # torch keeps our count and does not advance it
+        for group in self.param_groups:
+            group["steps"] = steps
 
     def _steps(self) -> int:
         return max((group.get("steps", 0) for group in self.param_groups), default=0)
+
+    def _validate_options(self) -> None:
+        """Validate stage options that were edited in param_groups, and make plain data of them."""
+        now = [tuple(map(group.get, GROUP_OPTIONS)) for group in self.param_groups]
+        if now == self._valid:
+            return
+        edited = [dict(zip(GROUP_OPTIONS, values, strict=True)) for values in now]
+        for options in edited:
+            _normalise(options)
+        for group, options in zip(self.param_groups, edited, strict=True):
+            group.update(options)
+        self._valid = [tuple(copy.deepcopy(options).values()) for options in edited]
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -151,12 +175,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             return loss
+        scale = getattr(self, "grad_scale", None)
+        scale = 1.0 if scale is None else float(scale)
+        if scale == 0:
+            raise ValueError("grad_scale is 0, by which no gradient can be divided; set the scale of the loss, or none")
+        self._validate_options()
         steps = self._steps()
         if steps == 0 and self._is_dry_run():
             plan.make_state(self)
             return loss
-        scale = getattr(self, "grad_scale", None)
-        step = plan.Step(self, steps + 1, 1.0 if scale is None else 1.0 / float(scale))
+        step = plan.Step(self, steps + 1, 1.0 / scale)
         backends.run(self, step)
         for group in self.param_groups:
             group["steps"] = step.t
@@ -208,6 +236,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if self._swapped:
             raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
+        self._validate_options()
         saved = [(p, p.detach().clone(), average) for p, average in averages.of(self, k)]
         self._swapped = True
         try:
@@ -228,6 +257,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Another model is matched by name, so the optimizer must have been given named parameters. Raises
         ValueError, with nothing changed, where that is not so or a name or shape does not match.
         """
+        self._validate_options()
         for target, average in averages.match(self, model, k):
             target.copy_(average)
 
@@ -243,25 +273,34 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def explain(self) -> "explain.Explanation":
         """What a step does here: backend, tensors and the bytes each stage moves. Prints as a table."""
+        self._validate_options()
         return explain.Explanation(self)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with masks and averages among the state. Tensors, numbers, strings, lists, dicts only."""
+        self._validate_options()
         return checkpoint.outgoing(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`: of this class or of its torch counterpart.
 
-        Averages, masks and counters come back in the type they were kept in. Raises ValueError, with
-        nothing changed, if groups or shapes differ.
+        Averages, masks and counters come back in the type they were kept in. Hyper-parameters follow the
+        checkpoint, as in torch, but `ema` and `prune` that it has not (torch's, or saved without them)
+        stay as they are here. Raises ValueError or TypeError, with nothing changed, if the checkpoint is
+        malformed or its groups or shapes differ.
         """
         kept: dict = {}
+        checkpoint.check_form(state_dict)
 
         def last_hook(_: Any, final: dict) -> dict:  # runs after the user's own, before anything changes
-            checkpoint.check(self, final)
+            checkpoint.check_form(final)
+            checkpoint.check_sizes(self, final)
             kept.update(checkpoint.with_own_options(self, final, (*GROUP_OPTIONS, "decoupled_weight_decay")))
+            for group in kept["param_groups"]:
+                _normalise(group)
+            checkpoint.check(self, kept)
             return kept
 
         hook = self.register_load_state_dict_pre_hook(last_hook)
@@ -270,6 +309,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             hook.remove()
         checkpoint.restore_types(self, kept)
+
+
+def _drop_whole_options(group: dict) -> None:
+    """Remove what torch copies from the defaults into every group, though it holds for the optimizer."""
+    for name in WHOLE_OPTIONS:
+        group.pop(name, None)
 
 
 def _normalise(group: dict) -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import BY_NAME, F32, RULES, Snapshot, Stage, element_mask, ident, parameters, run, set_gradients
+from cases import BY_NAME, F32, ONE_EACH, RULES, Snapshot, Stage, element_mask, ident, parameters, run, set_gradients
 
 import fuseopt
 from fuseopt import EMA, Prune, rules
@@ -94,6 +94,18 @@ def test_lion_is_as_strict_as_torch(options, message):
         fuseopt.Lion(parameters([(3,)]), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [({"betas": (0.9,)}, ValueError, r"betas.*\(0.9,\).*two"), ({"betas": 0.9}, ValueError, "betas.*0.9.*two"),
+     ({"betas": (0.9, "x")}, TypeError, "index 1.*'x'"), ({"lr": "a"}, TypeError, "learning rate.*'a'"),
+     ({"lr": None}, TypeError, "learning rate.*None"), ({"weight_decay": "a"}, TypeError, "weight_decay.*'a'")],
+    ids=str,
+)
+def test_lion_names_what_is_no_number(options, error, message):
+    with pytest.raises(error, match=message):
+        fuseopt.Lion(parameters([(3,)]), **options)
+
+
 STAGE_OPTIONS = [  # option, exception, what the message names
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm.*0.0"),
     ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm.*-1.0"),
@@ -159,6 +171,11 @@ PRUNES = [
     ((0.5,), {"begin": 1.5}, ValueError, "begin.*1.5"),
     ((0.5,), {"every": 0}, ValueError, "every.*0"),
     ((0.5,), {"begin": 5, "end": 4}, ValueError, "end.*4.*begin=5"),
+    ((0.5,), {"begin": 1, "end": 6, "every": 2}, ValueError, "end.*6.*every=2.*use end=5"),
+    ((0.5,), {"begin": 10, "end": 49, "every": 10, "schedule": "linear"}, ValueError, "use end=50"),
+    ((0.5,), {"begin": 10, "end": 12, "every": 10}, ValueError, "use end=20"),
+    ((0.5,), {"begin": 2, "end": 6, "schedule": "once"}, ValueError, "once.*end"),
+    ((0.5,), {"begin": 2, "every": 3, "schedule": "once"}, ValueError, "once.*every"),
 ]
 
 
@@ -320,5 +337,66 @@ def test_a_damaged_group_is_refused_at_the_step(backend):
     opt.param_groups[0]["lr"] = "fast"
     before = Snapshot(opt)
     with pytest.raises((ValueError, TypeError)):
+        opt.step()
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [({"max_grad_norm": -1.0}, ValueError, "max_grad_norm.*-1.0"), ({"l1": math.nan}, ValueError, "l1.*nan"),
+     ({"ema": 0.9}, TypeError, "ema.*0.9"), ({"ema": [{"decay": 7}]}, ValueError, "decay.*7"),
+     ({"prune": {"sparsity": 2.0}}, ValueError, "sparsity.*2.0")],
+    ids=str,
+)
+def test_stage_options_edited_to_wrong_values(option, error, message, backend):
+    p, q = parameters([(3, 3), (4,)])
+    opt = run(fuseopt.AdamW([{"params": [p]}, {"params": [q]}], max_grad_norm=1.0, backend=backend), [p, q], 2)
+    opt.param_groups[1].update(option)
+    set_gradients([p, q], 3)
+    before = Snapshot(opt) if option.get("l1") is None else None  # NaN differs from itself
+    start = p.detach().clone()
+    with pytest.raises(error, match=message):
+        opt.step()
+    assert torch.equal(p, start) and opt.state[p]["step"] == 2
+    if before:
+        before.assert_unchanged()
+
+
+def test_a_valid_option_edited_in_place_to_a_wrong_value(backend):
+    p = parameters([(4, 4)])[0]
+    opt = run(fuseopt.SGD([p], ema=EMA(0.5), prune=Prune(0.5, begin=9), backend=backend), [p], 1)
+    opt.param_groups[0]["prune"]["sparsity"] = 3.0
+    with pytest.raises(ValueError, match="sparsity.*3.0"):
+        opt.step()
+    opt.param_groups[0]["prune"]["sparsity"] = 0.5
+    opt.param_groups[0]["ema"].append({"decay": -1})
+    with pytest.raises(ValueError, match="decay.*-1"):
+        opt.step()
+
+
+@pytest.mark.parametrize("option", ({"backend": "torch"}, {"backend": None}, {"statistics": True}), ids=str)
+def test_options_of_the_whole_optimizer_in_a_group(option):
+    p, q = parameters([(3,), (3,)])
+    (name,) = option
+    with pytest.raises(ValueError, match=f"'{name}'.*optimizer"):
+        fuseopt.AdamW([{"params": [p], **option}])
+    opt = fuseopt.AdamW([p])
+    with pytest.raises(ValueError, match=f"'{name}'.*optimizer"):
+        opt.add_param_group({"params": [q], **option})
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({**opt.param_groups[0], "params": [q]})  # a group made from another one
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
+    assert not {"backend", "statistics"} & set().union(*opt.param_groups)
+
+
+@pytest.mark.parametrize("rule", ONE_EACH, ids=ident)
+def test_a_loss_scale_of_zero(rule, backend):
+    p = parameters([(3, 4)])
+    opt = run(rule.ours(p, backend=backend), p, 1)
+    set_gradients(p, 2)
+    opt.grad_scale = torch.tensor(0.0)
+    before = Snapshot(opt)
+    with pytest.raises(ValueError, match="grad_scale is 0"):
         opt.step()
     before.assert_unchanged()
