@@ -63,7 +63,8 @@ def with_own_options(opt, state_dict: dict[str, Any], names: tuple[str, ...]) ->
 def check_form(state_dict: Any) -> None:
     """Raise ValueError or TypeError unless the checkpoint has the form of an optimizer's state_dict."""
     if not isinstance(state_dict, dict):
-        raise TypeError(f"the checkpoint is {_kind(state_dict)}, not a dict; give what an optimizer's state_dict() returns")
+        found = _kind(state_dict)
+        raise TypeError(f"the checkpoint is {found}, not a dict; give what an optimizer's state_dict() returns")
     for key, kind in (("state", dict), ("param_groups", list)):
         if key not in state_dict:
             raise ValueError(f"the checkpoint has no {key!r}; give what an optimizer's state_dict() returns")
