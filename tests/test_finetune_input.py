@@ -293,3 +293,14 @@ def test_unknown_command(capsys, arguments):
         main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and "finetune" in err
+
+
+def test_a_new_rule_is_a_choice_by_itself():
+    script = (
+        "import fuseopt.rules as rules\n"
+        "rules.ALL += (type('Fresh', (rules.Lion,), {}),)\n"
+        "from fuseopt.finetune.options import parse\n"
+        "assert parse(['--optimizer', 'fresh'])[0].optimizer == 'fresh'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
