@@ -214,6 +214,12 @@ def test_options_that_decide_no_bits_may_change(finished, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
+def test_resuming_into_a_new_folder(finished, tmp_path):
+    resume = ["--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"]
+    assert main(["finetune", *map(str, [*SHORT, *resume])]) == 0
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

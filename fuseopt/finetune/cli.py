@@ -6,6 +6,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -92,6 +93,7 @@ def prepare(options, args):
     scheduler = run.trainer.check(args.max_steps)
     if checkpoint:
         folder.restore_scheduler(checkpoint, scheduler)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # the checkpoint may be in another folder
     else:
         folder.open_output(args.output_dir, resolved)
     return run
