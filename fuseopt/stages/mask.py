@@ -138,7 +138,10 @@ def check_state(name: str, n: int, state: dict) -> None:
 
 
 def new_state(p: Tensor, keep: Tensor, mode: str, name: str, order: list[int]) -> dict:
-    """The state entries of a mask, its bits in this order of the dimensions. Raises TypeError or ValueError on a mask that cannot be meant."""
+    """The state entries of a mask, its bits in this order of the dimensions.
+
+    Raises TypeError or ValueError on a mask that cannot be meant.
+    """
     if mode not in MODES:
         raise ValueError(f"mask of {name}: mode {mode!r} is unknown; use 'freeze' or 'grad'")
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
