@@ -32,7 +32,7 @@ def draw(result: dict, path: Path) -> None:
         labels = [label for label, _, _ in BARS]
         bars = panel.barh(labels, times, xerr=error, color=["#1b6ca8", "#d9812b", "#b0b7bf"], capsize=3)
         panel.bar_label(bars, [f"{t:.3g} ms  ({t / times[0]:.1f}x)" for t in times], padding=6)
-        panel.set(title=report.SHAPE_TITLES[case["shape"]], xlim=(0, 1.45 * max(times)), xlabel="ms a step")
+        panel.set(title=report.SHAPE_TITLES[case["shape"]], xlim=(0, 1.35 * max(times)), xlabel="ms a step")
         panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_yticklabels([])

@@ -31,7 +31,8 @@ class Prune:
         moments: "zero" clears the optimizer's state of pruned entries, "keep" leaves it running.
 
     Floating parameters with two or more dimensions that are trained (requires_grad) are pruned; a group
-    with prune=None leaves its own alone. A threshold acts on what has a gradient. Masks only grow. Raises ValueError for values outside these.
+    with prune=None leaves its own alone. A threshold acts on what has a gradient. Masks only grow.
+    Raises ValueError for values outside these.
     """
 
     sparsity: float | None = None
