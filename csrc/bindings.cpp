@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("gather", &gather, "Reads groups, state and gradients; returns (group, index) of what it cannot take.")
       .def("__len__", [](const TensorTable& t) { return t.tensors.size(); })
+      .def("release", &TensorTable::release, "Lets go of the parameters and gradients of the last gather().")
       .def("params", &params, "The parameters that the next run() will update.")
       .def("run", &run, "One step; returns the statistics as a dict, or None.")
       .def("prune_smallest", [](const TensorTable& t, int64_t count) {

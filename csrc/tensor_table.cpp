@@ -77,6 +77,7 @@ PyObject* key(const char* name) { return PyUnicode_InternFromString(name); }
 uint32_t* read_bits(PyObject* object, int64_t bits) {
   TensorView v;
   if (!view(object, &v) || v.storage != kBits || v.count() < (bits + 31) / 32 * 4 || !v.dense()) return nullptr;
+  if (reinterpret_cast<uintptr_t>(v.data) % sizeof(uint32_t) != 0) return nullptr;
   return static_cast<uint32_t*>(v.data);
 }
 
@@ -96,6 +97,20 @@ bool read_mask(PyObject* state, Tensor* t) {
   return t->keep.words != nullptr;
 }
 
+// Whether the parameter's memory has the order in which its masks' bits lie; see stages/mask.py.
+bool in_order_of_bits(PyObject* state, const TensorView& p) {
+  static PyObject* mask_order = key("mask_order");
+  PyObject* list = PyDict_GetItemWithError(state, mask_order);
+  if (!list) return p.contiguous(nullptr);
+  if (!PyList_Check(list) || PyList_GET_SIZE(list) != p.ndim || p.ndim > TensorView::kMaxDims) return false;
+  int order[TensorView::kMaxDims];
+  for (int k = 0; k < p.ndim; ++k) {
+    order[k] = int(PyLong_AsLong(PyList_GET_ITEM(list, k)));
+    if (order[k] < 0 || order[k] >= p.ndim) return PyErr_Clear(), false;
+  }
+  return p.contiguous(order);
+}
+
 bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, bool fresh) {
   static PyObject* prune_mask = key("prune_mask");
   PyObject *slots = item(spec, kSlots), *counters = item(spec, kCounters), *emas = item(spec, kEmas);
@@ -110,7 +125,8 @@ bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, 
   if (PyDict_Size(state) == size(slots) + size(emas) + size(counters)) return true;  // no masks
   if (!read_mask(state, t)) return false;
   PyObject* bits = PyDict_GetItemWithError(state, prune_mask);
-  return !bits || (t->pruned = read_bits(bits, t->n));
+  if (bits && !(t->pruned = read_bits(bits, t->n))) return false;
+  return (!t->keep.words && !t->pruned) || in_order_of_bits(state, p);
 }
 
 }  // namespace
@@ -122,13 +138,21 @@ bool TensorTable::add(PyObject* param, PyObject* grad, PyObject* state, PyObject
   Tensor& t = tensors.emplace_back();
   t.group = group, t.storage = p.storage, t.n = p.count(), t.p = p.data, t.g = g.data;
   if (!add_state(&t, p, state, spec, fresh)) return tensors.pop_back(), false;
+  Py_INCREF(param);
   params.push_back(param);
   return true;
 }
 
+void TensorTable::release() {
+  for (PyObject* object : params) Py_DECREF(object);
+  for (PyObject* object : held_) Py_DECREF(object);
+  params.clear(), held_.clear();
+}
+
 void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, double inv_grad_scale) {
   static PyObject* nothing = PyDict_New();
-  groups.clear(), tensors.clear(), problems.clear(), params.clear();
+  groups.clear(), tensors.clear(), problems.clear();
+  release();
   const bool any_replaced = PyDict_Size(grads) > 0;
   // Walk the state beside the parameters: hashing a tensor calls Python, and the order mostly agrees.
   Py_ssize_t position = 0;
@@ -150,7 +174,11 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
         if (!PyDict_Next(state, &position, &next_param, &next_state)) next_param = nullptr;
       }
       PyObject* grad = grad_of(param);
-      if (grad == nullptr) throw std::runtime_error("fuseopt: a parameter has no .grad attribute");
+      if (!grad) {  // not a tensor at all
+        PyErr_Clear();
+        problems.push_back({int(k), int(i)});
+        continue;
+      }
       PyObject* replacement = any_replaced ? PyDict_GetItemWithError(grads, param) : nullptr;
       PyObject* used = replacement ? item(replacement, 0) : grad;
       const bool fresh = replacement && item(replacement, 1) == Py_True;
@@ -160,9 +188,11 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
         if (!PyDict_Check(own) || !add(param, used, own, spec, int(k), fresh))
           problems.push_back({int(k), int(i)});
       }
-      Py_DECREF(grad);  // its memory lives on: the parameter holds it
+      if (used == grad && used != Py_None) held_.push_back(grad);
+      else Py_DECREF(grad);
     }
   }
+  if (!problems.empty()) tensors.clear(), release();
   cut();
 }
 

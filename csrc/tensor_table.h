@@ -57,12 +57,20 @@ struct Problem {  // a parameter the table cannot hold as it is; Python finds ou
 
 class TensorTable {
  public:
+  TensorTable() = default;
+  TensorTable(const TensorTable&) = delete;
   std::vector<Group> groups;
   std::vector<Tensor> tensors;
   std::vector<Block> blocks;
   std::vector<int> items;  // blocks [items[i], items[i+1]) make one piece of work for a thread
   std::vector<Problem> problems;
-  std::vector<_object*> params;  // the parameters in `tensors`, borrowed
+  std::vector<_object*> params;  // the parameters in `tensors`
+
+  ~TensorTable() { release(); }
+
+  // Lets go of the Python objects whose memory the last gather() read. They are held until then: while a
+  // step runs without the interpreter's lock, another thread may drop a gradient.
+  void release();
 
   // `groups`: a list of tuples as fuseopt/backends.py makes them. `state`: the optimizer's. `grads`: a
   // dict from a parameter to (gradient to use in place of `.grad`, whether its moments are new). After it
@@ -72,6 +80,7 @@ class TensorTable {
  private:
   bool add(_object* param, _object* grad, _object* state, _object* spec, int group, bool fresh);
   void cut();
+  std::vector<_object*> held_;  // gradients
 };
 
 }  // namespace fuseopt

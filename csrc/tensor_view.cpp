@@ -138,16 +138,27 @@ bool TensorView::same_layout(const TensorView& other) const {
   return same || empty;
 }
 
+bool TensorView::contiguous(const int* order) const {
+  if (count() <= 1) return true;
+  int64_t expected = 1;
+  for (int k = ndim - 1; k >= 0; --k) {
+    const int d = order ? order[k] : k;
+    if (shape[d] > 1 && strides[d] != expected) return false;
+    expected *= shape[d];
+  }
+  return true;
+}
+
 bool TensorView::dense() const {
   const int64_t n = count();
   if (n <= 1) return true;
-  uint32_t done = 0;  // dimensions placed so far, innermost first
+  uint64_t done = 0;  // dimensions placed so far, innermost first
   for (int64_t expected = 1; expected < n;) {
     int next = -1;
     for (int d = ndim - 1; d >= 0 && next < 0; --d)
       if (!(done >> d & 1) && shape[d] > 1 && strides[d] == expected) next = d;
     if (next < 0) return false;
-    done |= 1u << next;
+    done |= uint64_t(1) << next;
     expected *= shape[next];
   }
   return true;

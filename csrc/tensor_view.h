@@ -21,6 +21,7 @@ struct TensorView {
   int64_t count() const;  // elements
   bool same_layout(const TensorView& other) const;
   bool dense() const;  // some order of the dimensions is contiguous
+  bool contiguous(const int* order) const;  // this order, outermost first; nullptr: row-major
 };
 constexpr int kBits = 100;
 

@@ -22,18 +22,26 @@ def of(opt, k: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def match(opt, model: torch.nn.Module, k: int) -> list[tuple[Tensor, Tensor]]:
-    """(parameter of model, average) for copy_ema_to. Raises ValueError where they do not match."""
-    pairs = of(opt, k)
+    """(parameter of model, what copy_ema_to writes to it) for each of the optimizer's parameters.
+
+    That is average k, or the parameter itself where it was never stepped and so has none. Raises
+    ValueError where the two do not match.
+    """
+    averaged = dict(of(opt, k))
+    sources = {p: averaged.get(p, p) for group in opt.param_groups for p in group["params"]}
     own = {id(p) for p in model.parameters()}
-    if all(id(p) in own for p, _ in pairs):
-        return pairs
+    if all(id(p) in own for p in sources):
+        return list(averaged.items())
+    names = {p: n for g in opt.param_groups for p, n in zip(g["params"], g.get("param_names") or (), strict=False)}
     targets = dict(model.named_parameters())
     matched = []
-    for p, average in pairs:
-        name = name_of(opt, p).strip("'")
-        if name not in targets:
-            raise ValueError(f"the model has no parameter {name}; build the optimizer from model.named_parameters()")
-        if targets[name].shape != average.shape:
-            raise ValueError(f"{name!r} has shape {tuple(targets[name].shape)}, its average {tuple(average.shape)}")
-        matched.append((targets[name], average))
+    for p, source in sources.items():
+        if p not in names or names[p] not in targets:
+            raise ValueError(
+                f"the model has no parameter {name_of(opt, p)}; build the optimizer from model.named_parameters()"
+            )
+        target = targets[names[p]]
+        if target.shape != source.shape:
+            raise ValueError(f"{names[p]!r} has shape {tuple(target.shape)}, its average {tuple(source.shape)}")
+        matched.append((target, source))
     return matched

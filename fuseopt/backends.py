@@ -45,24 +45,33 @@ def check_name(name: str | None) -> None:
         warnings.warn(f"fuseopt runs through its slow torch reference: {_why_not}", RuntimeWarning, stacklevel=5)
 
 
-def choose(opt) -> tuple[str, str]:
-    """(name, reason) of the backend that runs this optimizer."""
+def choose(opt) -> str:
+    """The name of the backend that runs this optimizer."""
     name = opt.defaults.get("backend")
     if name is not None:
-        return name, "as asked"
+        return name
+    return "torch" if _native is None or _device(opt) != "cpu" else "cpu"
+
+
+def why(opt) -> str:
+    """The reason of that choice."""
+    if opt.defaults.get("backend") is not None:
+        return "as asked"
     if _native is None:
-        return "torch", _why_not or ""
-    for group in opt.param_groups:
-        for p in group["params"]:
-            if p.device.type != "cpu":
-                return "torch", f"there is no kernel for {p.device.type} yet"
-            return "cpu", f"parameters are on the CPU; {_native.instruction_set()}, {_native.max_threads()} threads"
-    return "cpu", "no parameters"
+        return _why_not or ""
+    if _device(opt) != "cpu":
+        return f"there is no kernel for {_device(opt)} yet"
+    return f"parameters are on the CPU; {_native.instruction_set()}, {_native.max_threads()} threads"
+
+
+def _device(opt) -> str:
+    """The type of the device that the parameters lie on; checks.py sees to it that it is one."""
+    return next((p.device.type for group in opt.param_groups for p in group["params"]), "cpu")
 
 
 def run(opt, step: plan.Step) -> None:
     """Run a step on the backend that `choose` picks: every stage, then the selection if there is one."""
-    update, select = TABLE[choose_name(opt)]
+    update, select = TABLE[choose(opt)]
     prepared = update(opt, step)
     _copy_into_new_averages(opt, step, prepared)
     for selection in plan.selections(step):
@@ -79,21 +88,12 @@ def _copy_into_new_averages(opt, step: plan.Step, prepared: dict[Tensor, plan.Pr
         opt.state[p][key].copy_(p)
 
 
-def choose_name(opt) -> str:
-    """`choose` without the reason: it is asked at every step."""
-    name = opt.defaults.get("backend")
-    if name is not None:
-        return name
-    first = next((p for group in opt.param_groups for p in group["params"]), None)
-    return "torch" if _native is None or (first is not None and first.device.type != "cpu") else "cpu"
-
-
 # ---- torch ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
-    wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.grad is not None]
+    wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if getattr(p, "grad", None) is not None]
     prepared = plan.prepare(opt, step, wanting)
     plan.add_prune_masks(opt, step)
     reference.run(opt, step, prepared)
@@ -106,7 +106,7 @@ def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
 def _spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple, emas: tuple) -> tuple:
     """A group as csrc/tensor_table.cpp reads it."""
     return (
-        params,
+        params if isinstance(params, list) else list(params),
         schema.RULES.index(gs.kernel),
         slots,
         counters,
@@ -134,6 +134,7 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     if statistics is not None:
         opt._statistics = statistics
     _mark_written(specs, table)
+    table.release()
     return prepared
 
 
@@ -155,6 +156,7 @@ def _cpu_select(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> None:
         return
     specs, grads = [], {}
     for gs, p in selection:  # a parameter may have no gradient, or no state yet
+        mask.into_memory_order(opt.state[p], p)
         has = opt.state[p].__contains__
         specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
         grads[p] = (p, False)
@@ -162,7 +164,8 @@ def _cpu_select(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> None:
     if table.gather(specs, opt.state, grads, 1.0):
         raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
     done = sum(int(mask.unpack(opt.state[p]["prune_mask"], p.numel()).sum()) for p in params)
-    table.prune_smallest(plan.target(selection) - done)
+    if not table.prune_smallest(plan.target(selection) - done):
+        raise RuntimeError("fuseopt found fewer entries to prune than its checks did; please report this")
     torch.autograd.graph.increment_version(params)
 
 

@@ -18,21 +18,6 @@ def steps_of(opt) -> int:
     return int(max(counts, default=0))
 
 
-def _reordered(state: dict, p: Tensor, to_row_major: bool) -> dict:
-    """A parameter's state with its masks' bits moved between memory order and row-major order."""
-    plain = torch.empty(()).expand(p.shape)  # row-major, without memory
-    here, there = (p, plain) if to_row_major else (plain, p)
-    out = dict(state)
-    if "prune_mask" in state:
-        full = mask.from_memory_order(mask.unpack(state["prune_mask"], p.numel()), here)
-        out["prune_mask"] = mask.pack(mask.flat_in_memory_order(full, there))
-    if "mask_keep" in state:
-        keep = mask.unfold(state, here)
-        bits, out["mask_period"], out["mask_inner"] = mask.fold(keep, there)
-        out["mask_keep"] = mask.pack(bits)
-    return out
-
-
 def _numbered(opt) -> list[Tensor]:
     """The parameters in the order in which a state_dict numbers them."""
     return [p for group in opt.param_groups for p in group["params"]]
@@ -42,8 +27,9 @@ def outgoing(opt, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Bits in row-major order, so that a checkpoint does not depend on a parameter's memory format."""
     for k, p in enumerate(_numbered(opt)):
         state = state_dict["state"].get(k)
-        if isinstance(state, dict) and not p.is_contiguous() and {"prune_mask", "mask_keep"} & state.keys():
-            state_dict["state"][k] = _reordered(state, p, to_row_major=True)
+        if isinstance(state, dict) and "mask_order" in state:
+            state_dict["state"][k] = state = dict(state)
+            mask.reorder(state, p, list(range(p.dim())))
     return state_dict
 
 
@@ -185,5 +171,3 @@ def restore_types(opt, state_dict: dict[str, Any]) -> None:
                 opt.state[p][key] = value.to("cpu", torch.uint8)
             elif key == "mu_product":
                 opt.state[p][key] = value.cpu() if value.dtype == torch.float64 else value.to("cpu", torch.float32)
-        if not p.is_contiguous():
-            opt.state[p].update(_reordered(opt.state[p], p, to_row_major=False))

@@ -29,9 +29,32 @@ def find(opt, param: Tensor | str) -> tuple[dict, Tensor, str]:
     raise ValueError("this tensor is not a parameter of the optimizer; add it with add_param_group first")
 
 
+def check_devices(opt) -> None:
+    """Raise TypeError unless all parameters are tensors, ValueError unless they lie on one device."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{p!r} in a group's 'params' is not a tensor; remove it")
+        if p.device != params[0].device:
+            raise ValueError(
+                f"{name_of(opt, p)} is on {p.device}, {name_of(opt, params[0])} on {params[0].device}; "
+                "give each device an optimizer of its own"
+            )
+
+
+class Name:
+    """The name of a parameter for a message, looked up only if the message is needed."""
+
+    def __init__(self, opt, p: Tensor):
+        self.opt, self.p = opt, p
+
+    def __str__(self) -> str:
+        return name_of(self.opt, self.p)
+
+
 def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor | None) -> None:
     """Raise TypeError or ValueError if p cannot be stepped with gradient g (None: only with its state)."""
-    name = name_of(opt, p)
+    name = Name(opt, p)
     if p.dtype not in schema.DTYPES:
         kinds = ", ".join(str(d).removeprefix("torch.") for d in schema.DTYPES)
         raise TypeError(f"{name} has dtype {p.dtype}; fuseopt steps {kinds}: convert it or use torch.optim for it")
@@ -44,10 +67,6 @@ def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor 
             f"{name} with strides {tuple(p.stride()) if p.layout == torch.strided else p.layout} does not fill its "
             "memory; pass a contiguous tensor, not a slice or an expanded view"
         )
-    devices = {q.device for group in opt.param_groups for q in group["params"]}
-    if len(devices) > 1:
-        found = " and ".join(sorted(map(str, devices)))
-        raise ValueError(f"parameters lie on {found}; give each device an optimizer of its own")
     if opt.defaults["backend"] == "cpu" and p.device.type != "cpu":
         raise ValueError(f"{name} is on {p.device} and backend='cpu' was asked for; move it, or leave backend out")
     if g is not None:
@@ -57,7 +76,7 @@ def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor 
     mask.check_state(name, p.numel(), opt.state.get(p, {}))
 
 
-def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
+def check_gradient(name: Name, p: Tensor, g: Tensor) -> None:
     """Raise ValueError or TypeError unless g is a dense gradient of p's shape, dtype and device."""
     if g.layout != torch.strided:
         raise ValueError(f"the gradient of {name} is {g.layout}; fuseopt takes dense ones (sparse=False in the layer)")
@@ -69,7 +88,7 @@ def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
         raise ValueError(f"the gradient of {name} is on {g.device}, the parameter on {p.device}; move one of them")
 
 
-def check_state(name: str, p: Tensor, key: str, value, is_counter: bool, is_ema: bool) -> None:
+def check_state(name: Name, p: Tensor, key: str, value, is_counter: bool, is_ema: bool) -> None:
     """Raise ValueError or TypeError unless a state entry, where there is one, fits the parameter."""
     if value is None:
         return

@@ -14,7 +14,7 @@ class Explanation:
     """
 
     def __init__(self, opt):
-        self.backend, self.why = backends.choose(opt)
+        self.backend, self.why = backends.choose(opt), backends.why(opt)
         self.rows = [row for k, group in enumerate(opt.param_groups) for row in _rows(opt, k, group)]
         self.bytes_per_step = sum(row["bytes"] for row in self.rows)
 

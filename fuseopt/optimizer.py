@@ -212,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises TypeError or ValueError for a mask that does not fit, with nothing changed.
         """
         group, p, name = checks.find(self, param)
-        entries = mask.new_state(p, keep, mode, name)
+        entries = mask.new_state(p, keep, mode, name, mask.order_of(self.state.get(p, {}), p))
         if self.counters(group) and self.counters(group)[0] not in self.state[p]:
             plan.complete_state(self, group, p, averages=False)  # torch takes any state for a whole one
         state = self.state[p]
@@ -224,15 +224,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def prune_mask(self, param: Tensor | str) -> Tensor | None:
         """Boolean tensor of the parameter's shape, True where pruned; None where nothing is."""
         _, p, _ = checks.find(self, param)
-        bits = self.state.get(p, {}).get("prune_mask")
-        return None if bits is None else mask.from_memory_order(mask.unpack(bits, p.numel()), p)
+        return mask.pruned(self.state.get(p, {}), p)
 
     @contextmanager
     def swap_ema(self, k: int = 0) -> Iterator[None]:
         """Within the block the parameters hold average `k`; afterwards their own bits again.
 
-        Parameters without that average (never stepped) are left alone. Raises ValueError if there is no
-        such average at all, RuntimeError when nested.
+        Parameters without that average (never stepped) and the model's buffers are left alone. Raises
+        ValueError if there is no such average at all, RuntimeError when nested.
         """
         if self._swapped:
             raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
@@ -254,6 +253,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def copy_ema_to(self, model: torch.nn.Module, k: int = 0) -> None:
         """Write average `k` into the parameters of `model`: the trained model, or another of its kind.
 
+        Parameters of the optimizer that were never stepped have no average and are copied as they are.
+        Buffers, such as the statistics of batch normalisation, are not averaged; copy them yourself.
         Another model is matched by name, so the optimizer must have been given named parameters. Raises
         ValueError, with nothing changed, where that is not so or a name or shape does not match.
         """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import schema
-from .checks import check, in_layout_of, name_of
+from .checks import check, check_devices, in_layout_of, name_of
 from .stages import decay, ema, mask, prune
 
 
@@ -86,6 +86,7 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
             state[key] = torch.zeros_like(p, dtype=schema.compute_dtype(p.dtype))
     for key in (*opt.slots(group), *names):
         state[key] = in_layout_of(p, state[key])
+    mask.into_memory_order(state, p)
     return fresh
 
 
@@ -94,8 +95,9 @@ def make_state(opt) -> None:
     """Make the whole state of every parameter that has a gradient, and change nothing else."""
     step = Step(opt, 1, 1.0)
     wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.grad is not None]
+    check_devices(opt)
     for gs, p in wanting:
-        check(opt, gs.slots, gs.counters, gs.emas, p, p.grad)
+        check(opt, gs.slots, gs.counters, gs.emas, p, getattr(p, "grad", None))
     for gs, p in wanting:
         new = [key for key in gs.emas if key not in opt.state[p]]
         complete_state(opt, gs.group, p)
@@ -119,8 +121,9 @@ def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Te
     """
     if not wanting and all(gs.sparsity is None for gs in step.groups):
         return {}
+    check_devices(opt)
     for gs, p in wanting:
-        check(opt, gs.slots, gs.counters, gs.emas, p, p.grad)
+        check(opt, gs.slots, gs.counters, gs.emas, p, getattr(p, "grad", None))
     for selection in selections(step):
         check_enough_to_prune(opt, selection)
     prepared = {}
@@ -146,6 +149,7 @@ def add_prune_masks(opt, step: Step) -> bool:
                     if gs.counters and gs.counters[0] not in opt.state[p]:
                         complete_state(opt, gs.group, p, averages=False)
                     opt.state[p]["prune_mask"] = mask.empty_bits(p.numel())
+                    mask.into_memory_order(opt.state[p], p)
                     added = True
     return added
 

@@ -40,7 +40,7 @@ def step_parameter(opt, gs: plan.GroupStep, p: Tensor, g: Tensor, clip_factor: f
     if pruned is not None:
         below = new["p"].to(kind).abs() < s["prune_below"]
         pruned = pruned | (below if frozen is None else below & ~frozen)
-        state["prune_mask"].copy_(mask.pack(mask.flat_in_memory_order(pruned, p)))
+        mask.set_pruned(state, p, pruned)
         new["p"] = prune.apply(new["p"], pruned)
         if not s["keep_moments"]:
             new.update({key: prune.apply(new[key], pruned) for key in gs.slots})
@@ -88,7 +88,7 @@ def prune_to_sparsity(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> No
     count = max(plan.target(selection) - sum(int(m.sum()) for m in masks), 0)
     for (gs, p), m, new in zip(selection, masks, prune.smallest(params, free, count), strict=True):
         state = opt.state[p]
-        state["prune_mask"].copy_(mask.pack(mask.flat_in_memory_order(m | new, p)))
+        mask.set_pruned(state, p, m | new)
         p.copy_(prune.apply(p, new))
         for key in gs.emas if gs.stage["keep_moments"] else gs.slots + gs.emas:
             if key in state:

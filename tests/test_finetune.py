@@ -138,7 +138,7 @@ def test_a_real_interrupt_of_a_real_process(tmp_path):
     same_bits(folder, tmp_path / "straight")
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "nadam", "adagrad", "lion"])
+@pytest.mark.parametrize("optimizer", sorted(set(train.CLASSES) - {"adamw"}))
 def test_every_optimizer(tmp_path, optimizer):
     rate = {"sgd": 0.01, "adagrad": 0.01, "lion": 1e-4}.get(optimizer, 1e-3)
     assert (

@@ -2,8 +2,10 @@
 
 import importlib.util
 import pickle
+import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -57,6 +59,13 @@ CASES = [
     ("--load_best_model_at_end", "--load_best_model_at_end"),
     ("--save_strategy best", "metric_for_best_model"),
     ("--warmup_steps -4", "warmup_steps"),
+    ("--gradient_checkpointing True", "--gradient_checkpointing"),
+    ('--lr_scheduler_kwargs {{"bogus":1}}', "--lr_scheduler_kwargs"),
+    ('--lr_scheduler_type cosine --lr_scheduler_kwargs {{"num_cycles":"x"}}', "--lr_scheduler_kwargs"),
+    ("--dataloader_num_workers -1", "num_workers"),
+    ("--dataloader_prefetch_factor 2", "prefetch_factor"),
+    ("--dataloader_drop_last true --per_device_train_batch_size 9999", "--dataloader_drop_last"),
+    ("--pretrained {folder}", "this is a folder"),
     ("--pretrained {missing}", "missing"),
     ("--pretrained {truncated}", "truncated"),
     ("--pretrained {empty}", "empty"),
@@ -65,7 +74,9 @@ CASES = [
     ("--pretrained {lacking}", "neck.1.bias"),
     ("--pretrained {other}", "extra"),
     ("--pretrained {nan}", "stem.0.bias"),
-    ("--data {missing}", "missing"),
+    ("--data {folder}", "--data"),
+    ("--data {deflated}", "deflated"),
+    ("--data {missing}", "--data"),
     ("--data {pickled}", "pickled"),
     ("--data {empty}", "empty"),
     ("--data {unlabelled}", "labels"),
@@ -109,13 +120,21 @@ def files(tmp_path_factory):
     for name, content in arrays.items():
         with open(folder / name, "wb") as file:
             np.savez(file, **content)
+    with open(folder / "deflated", "wb") as file:
+        np.savez_compressed(file, images=np.random.default_rng(0).random((20, 8, 8)), labels=labels)
+    damaged = bytearray((folder / "deflated").read_bytes())
+    damaged[200:400] = bytes([255]) * 200
+    (folder / "deflated").write_bytes(damaged)
+    (folder / "folder").mkdir()
     names = ["missing", *(path.name for path in folder.iterdir())]
     return {name: str(folder / name) for name in names}
 
 
 def refused(capsys, *arguments):
     """Run, expect a refusal, and return its one line."""
-    assert main(["finetune", *map(str, arguments)]) == 2
+    with warnings.catch_warnings(record=True) as warned:  # more lines, outside pytest
+        assert main(["finetune", *map(str, arguments)]) == 2
+    assert not warned, warned
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("fuseopt finetune: ") and err.count("\n") == 1, err
     return err
@@ -139,24 +158,104 @@ def test_a_folder_that_is_not_empty(tmp_path, capsys):
 def test_bad_input_changes_nothing_of_the_run_to_be_overwritten(tmp_path, capsys):
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "metrics.json").write_text("{}")
-    refused(capsys, "--output_dir", tmp_path, "--overwrite", "--sparsity", 2)
+    for options in (["--sparsity", 2], ["--lr_scheduler_kwargs", '{"bogus":1}'], ["--dataloader_num_workers", -1]):
+        refused(capsys, "--output_dir", tmp_path, "--overwrite", *options)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "metrics.json"}
 
 
-def test_resuming_another_command(tmp_path, capsys):
-    short = ["--output_dir", tmp_path / "run", "--max_steps", 4, "--compare_steps", 0, "--verify_every", 0]
-    short += ["--prune_begin", 1, "--prune_end", 1, "--disable_tqdm", "true"]
-    assert main(["finetune", *map(str, short)]) == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+SHORT = ["--max_steps", 4, "--compare_steps", 0, "--verify_every", 0, "--prune_begin", 1, "--prune_end", 1]
+SHORT += ["--disable_tqdm", "true"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of four steps, for copies."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["finetune", *map(str, SHORT), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+OTHER_OPTIONS = [
+    ("--sparsity", 0.5),
+    ("--learning_rate", 0.1),
+    ("--optimizer", "adam"),
+    ("--bf16", "True"),
+    ("--dataloader_drop_last", "True"),
+    ("--lr_scheduler_type", "cosine"),
+    ("--ignore_data_skip", "True"),
+]
+
+
+@pytest.mark.parametrize("name, value", OTHER_OPTIONS)
+def test_resuming_with_another_option(finished, capsys, name, value):
+    before = contents(finished)
+    line = refused(capsys, *SHORT, "--output_dir", finished, name, value, "--resume_from_checkpoint")
+    assert name in line and str(value) in line
+    assert contents(finished) == before
+
+
+def test_resuming_with_other_scheduler_options(tmp_path, capsys):
+    cosine = [*SHORT, "--output_dir", tmp_path / "run", "--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs"]
+    assert main(["finetune", *map(str, cosine), '{"num_cycles": 0.5}']) == 0
     capsys.readouterr()
-    for name, value in (("--sparsity", 0.5), ("--learning_rate", 0.1), ("--optimizer", "adam")):
-        line = refused(capsys, *short, name, value, "--resume_from_checkpoint")
-        assert name in line and str(value) in line
-    (tmp_path / "run" / "checkpoint-4" / "model.safetensors").write_bytes(b"")
-    assert "no whole checkpoint" in refused(capsys, *short, "--resume_from_checkpoint")
-    named = tmp_path / "run" / "checkpoint-4"
-    assert "model.safetensors is damaged" in refused(capsys, *short, "--resume_from_checkpoint", named)
-    assert before.keys() == {path for path in (tmp_path / "run").rglob("*")}
+    line = refused(capsys, *cosine, '{"num_cycles": 1.5}', "--resume_from_checkpoint")
+    assert "--lr_scheduler_kwargs" in line and "1.5" in line
+
+
+def test_options_that_decide_no_bits_may_change(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    free = ["--verify_every", 1, "--logging_steps", 1, "--eval_steps", 3, "--save_steps", 3, "--output_dir", folder]
+    assert main(["finetune", *map(str, [*SHORT, *free]), "--resume_from_checkpoint"]) == 0
+    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_resuming_into_a_new_folder(finished, tmp_path):
+    resume = ["--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"]
+    assert main(["finetune", *map(str, [*SHORT, *resume])]) == 0
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+CHECKPOINT = "checkpoint-4/"
+DAMAGES = {
+    "no model": (CHECKPOINT + "model.safetensors", lambda path: path.write_bytes(b"")),
+    "half an rng_state": (CHECKPOINT + "rng_state.pth", truncate),
+    "rng_state without a generator": (CHECKPOINT + "rng_state.pth", lambda path: torch.save({"python": 1}, path)),
+    "trainer_state {}": (CHECKPOINT + "trainer_state.json", lambda path: path.write_text("{}")),
+    "trainer_state []": (CHECKPOINT + "trainer_state.json", lambda path: path.write_text("[]")),
+    "optimizer a list": (CHECKPOINT + "optimizer.pt", lambda path: torch.save([1], path)),
+    "optimizer of another model": (
+        CHECKPOINT + "optimizer.pt",
+        lambda path: torch.save({"state": [], "param_groups": [1]}, path),
+    ),
+    "scheduler a list": (CHECKPOINT + "scheduler.pt", lambda path: torch.save([1], path)),
+    "scheduler of another kind": (CHECKPOINT + "scheduler.pt", lambda path: torch.save({"last_epoch": 4}, path)),
+    "options []": ("options.json", lambda path: path.write_text("[]")),
+    "options {": ("options.json", lambda path: path.write_text("{")),
+    "options {}": ("options.json", lambda path: path.write_text("{}")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_resuming_from_damaged_files(finished, tmp_path, capsys, damage):
+    name, spoil = DAMAGES[damage]
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    spoil(folder / name)
+    before = contents(folder)
+    line = refused(capsys, *SHORT, "--output_dir", folder, "--resume_from_checkpoint", folder / "checkpoint-4")
+    assert "--resume_from_checkpoint" in line
+    assert name.removeprefix(CHECKPOINT) in line or "does not fit" in line
+    refused(capsys, *SHORT, "--output_dir", folder, "--resume_from_checkpoint")
+    assert contents(folder) == before
 
 
 def test_an_extra_that_is_not_installed(monkeypatch, capsys):
@@ -185,7 +284,7 @@ def test_the_process_says_one_line(tmp_path):
 def test_help(capsys):
     for arguments, words in (
         (["--help"], ["finetune", "--version"]),
-        (["finetune", "--help"], ["--sparsity", "--learning_rate", "--help_all"]),
+        (["finetune", "--help"], ["--sparsity", "--learning_rate", "--help_all", "`images`", "DigitNet"]),
         (["finetune", "--help_all"], ["--dataloader_num_workers"]),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -200,3 +299,14 @@ def test_unknown_command(capsys, arguments):
         main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and "finetune" in err
+
+
+def test_a_new_rule_is_a_choice_by_itself():
+    script = (
+        "import fuseopt.rules as rules\n"
+        "rules.ALL += (type('Fresh', (rules.Lion,), {}),)\n"
+        "from fuseopt.finetune.options import parse\n"
+        "assert parse(['--optimizer', 'fresh'])[0].optimizer == 'fresh'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -121,7 +121,7 @@ def test_a_gradient_on_another_device_is_refused(backend):
     opt = fuseopt.SGD([("w", p), ("head", q)], lr=0.1, backend=backend)
     p.grad, q.grad = torch.ones(3), torch.ones(3, device="meta")
     before = p.detach().clone()
-    with pytest.raises(ValueError, match="cpu and meta"):
+    with pytest.raises(ValueError, match="on meta.* on cpu"):
         opt.step()
     assert_same_bits(p, before)
     assert not opt.state

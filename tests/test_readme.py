@@ -34,6 +34,10 @@ def test_every_option_of_the_table_exists():
     assert named - {"decoupled_weight_decay"} == parameters
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
 def test_every_file_named_exists():
     for name in re.findall(r"`((?:csrc|fuseopt|bench|tests)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name

@@ -341,3 +341,53 @@ def test_the_readers_refuse_alike(reader, native):
         with pytest.raises((TypeError, ValueError), match="w"):
             opt.step()
     set_gradients([], 1)
+
+
+# ---- memory that changes under the masks, and objects that are not what they seem -----------------
+
+
+@pytest.mark.parametrize("start", [torch.contiguous_format, torch.channels_last])
+def test_masks_follow_a_change_of_memory_format(start, backend):
+    conv = torch.nn.Conv2d(3, 4, 3, bias=False).to(memory_format=start)
+    opt = fuseopt.SGD(conv.parameters(), lr=1.0, momentum=0.9, prune=Prune(0.3), backend=backend)
+    keep = torch.zeros(4, 3, 3, 3, dtype=torch.bool)
+    keep[0] = keep[:, 0] = keep[2, :, 1] = True
+    opt.mask(conv.weight, keep)
+    before, pruned = conv.weight.detach().clone(), None
+    for form in (start, torch.channels_last, torch.contiguous_format, torch.channels_last):
+        conv.to(memory_format=form)
+        conv.weight.grad = torch.ones_like(conv.weight)
+        opt.step()
+        pruned = opt.prune_mask(conv.weight) if pruned is None else pruned
+        assert torch.equal(conv.weight[~keep], before[~keep])
+        assert torch.equal(opt.prune_mask(conv.weight), pruned)
+        assert int(pruned.sum()) == round(0.3 * 108) and not (pruned & ~keep).any()
+        assert (conv.weight[pruned] == 0).all() and (conv.weight[keep & ~pruned] != before[keep & ~pruned]).all()
+        saved = opt.state_dict()
+        assert "mask_order" not in saved["state"][0], "a checkpoint is row-major"
+        other = torch.nn.Conv2d(3, 4, 3, bias=False)
+        again = fuseopt.SGD(other.parameters(), lr=1.0, momentum=0.9, prune=Prune(0.3), backend=backend)
+        again.load_state_dict(saved)
+        assert torch.equal(again.prune_mask(other.weight), pruned)
+
+
+def test_a_gradient_that_is_made_on_request_is_held_for_the_step():
+    class Fleeting(torch.nn.Parameter):
+        grad = property(lambda self: torch.full_like(self.data, 3.0))
+
+    p = Fleeting(torch.zeros(100_000))
+    fuseopt.SGD([p], lr=1.0).step()
+    assert (p == -3).all()
+
+
+def test_params_may_be_replaced_by_a_tuple_and_must_be_tensors(backend):
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fuseopt.SGD([p], lr=1.0, backend=backend)
+    p.grad = torch.ones(3)
+    opt.param_groups[0]["params"] = (p,)
+    opt.step()
+    assert (p == 0).all()
+    opt.param_groups[0]["params"] = [p, None]
+    with pytest.raises(TypeError, match="None in a group's 'params' is not a tensor"):
+        opt.step()
+    assert (p == 0).all()

@@ -13,6 +13,11 @@ inline int64_t element_size(int storage) {
   return size[storage];
 }
 
+inline int64_t ema_size(int storage) {  // an average is kept in the type that its parameter computes in
+  constexpr int64_t size[kStorages] = {sizeof(F32::compute), sizeof(F64::compute), sizeof(BF16::compute), sizeof(F16::compute)};
+  return size[storage];
+}
+
 // Calls fn(item) for every item of the table. Which thread does which is left open, so fn may only write
 // what belongs to its blocks. omp_get_max_threads() is torch's number: one OpenMP pool serves both.
 template <class Fn>
@@ -48,8 +53,7 @@ struct BlockView {
       : t(table.tensors[block.tensor]), group(table.groups[t.group]), begin(block.begin), n(block.n) {}
 
   void* ema(int k, int64_t at) const {
-    const int64_t size = t.storage == 1 ? sizeof(double) : sizeof(float);
-    return static_cast<char*>(t.ema[k]) + (begin + at) * size;
+    return static_cast<char*>(t.ema[k]) + (begin + at) * ema_size(t.storage);
   }
 };
 

@@ -22,7 +22,7 @@ struct Span {
   int64_t n;
   void* p;
   const void* g;
-  void* slot[3];
+  void* slot[kMaxSlots];
   const uint32_t* keep;
   uint32_t* pruned;
   bool freeze;

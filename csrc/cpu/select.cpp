@@ -131,7 +131,7 @@ class Selection {
       std::memset(static_cast<char*>(span.p) + (32 * w + j) * size, 0, size);
       if (view.group.stage.keep_moments == 0)
         for (int k = 0; k < view.group.slots; ++k) std::memset(static_cast<char*>(span.slot[k]) + (32 * w + j) * size, 0, size);
-      for (int e = 0; e < view.group.n_ema; ++e) std::memset(view.ema(e, at + j), 0, view.t.storage == 1 ? 8 : 4);
+      for (int e = 0; e < view.group.n_ema; ++e) std::memset(view.ema(e, at + j), 0, ema_size(view.t.storage));
     }
   }
 

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import math
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -87,10 +89,25 @@ def prepare(options, args):
     if checkpoint:
         folder.restore(checkpoint, model, optimizer, resolved)
     run = Run(options, args, data, model, optimizer, frozen, build, resolved, checkpoint)
-    run.trainer = FusedTrainer(run)  # checks its arguments, then makes the output folder
-    if not checkpoint:
+    run.trainer = _trainer(run)
+    scheduler = run.trainer.check(args.max_steps)
+    if checkpoint:
+        folder.restore_scheduler(checkpoint, scheduler)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # the checkpoint may be in another folder
+    else:
         folder.open_output(args.output_dir, resolved)
     return run
+
+
+def _trainer(run):
+    """The Trainer, which makes the output folder at once: a scratch one, until all has been checked."""
+    output_dir = run.args.output_dir
+    with tempfile.TemporaryDirectory() as scratch:
+        run.args.output_dir = scratch
+        try:
+            return FusedTrainer(run)
+        finally:
+            run.args.output_dir = output_dir
 
 
 def _set_steps(args, images):

@@ -1,7 +1,6 @@
 """Images and labels in, training and test sets out."""
 
 import dataclasses
-import zipfile
 
 import numpy as np
 import torch
@@ -43,9 +42,9 @@ def load_npz(path, seed):
         raise ValueError(
             f"--data {path}: the arrays 'images' and 'labels' are needed: {error.args[0]}"
         ) from error
-    except FileNotFoundError as error:
-        raise ValueError(f"--data {path}: there is no such file") from error
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except OSError as error:  # missing, a folder, not allowed
+        raise ValueError(f"--data {path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # whatever numpy, zipfile and zlib make of damaged bytes
         raise ValueError(f"--data {path}: not a readable .npz file of plain arrays") from error
     _check(path, images, labels)
     try:

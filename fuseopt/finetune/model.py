@@ -73,9 +73,13 @@ def load_pretrained(path, classes, channels):
 
 
 def _read(path):
+    if Path(path).is_dir():
+        raise ValueError(f"--pretrained {path}: this is a folder, not a safetensors file")
     if not Path(path).is_file():
         raise ValueError(f"--pretrained {path}: there is no such file")
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"--pretrained {path}: not a whole safetensors file ({error})") from error
+    except OSError as error:
+        raise ValueError(f"--pretrained {path}: cannot be read: {error.strerror or error}") from error

@@ -3,9 +3,12 @@
 import argparse
 import dataclasses
 import difflib
+import warnings
 from typing import Literal
 
 from transformers import HfArgumentParser, TrainingArguments
+
+from fuseopt.finetune.train import CLASSES
 
 PROG = "fuseopt finetune"
 
@@ -26,17 +29,24 @@ class Options:
 
     _argument_group_name = "model, data, optimizer and stages"
 
-    optimizer: Literal["adamw", "adam", "sgd", "nadam", "adagrad", "lion"] = dataclasses.field(
+    optimizer: Literal[tuple(CLASSES)] = dataclasses.field(
         default="adamw", metadata={"help": "The fused optimizer."}
     )
     pretrained: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Weights to start from, a safetensors file; None: the embedded digits 0-4."},
+        metadata={
+            "help": "Weights to start from: a safetensors file of the small digits network (DigitNet), such as "
+            "the model.safetensors of an earlier run; its head is replaced by one for the classes of --data. "
+            "No other architecture. None: the embedded network, pretrained on the digits 0-4."
+        },
     )
     data: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "A .npz file with images (N, H, W) or (N, C, H, W) and labels (N,); None: the digits 5-9."
+            "help": "A .npz file of two arrays: `images`, finite numbers of shape (N, H, W) or (N, C, H, W) with H "
+            "and W at least 4, scaled by their largest magnitude, and `labels`, integers of shape (N,), two images "
+            "or more of each of two classes or more. C must be that of --pretrained: 1 for the embedded network. "
+            "A quarter is kept for the test. None: scikit-learn's digits 5-9."
         },
     )
     freeze: list[str] = dataclasses.field(
@@ -126,6 +136,8 @@ REFUSED = {
     "fp16": "fp16 autocast needs a GPU",
     "label_smoothing_factor": "the loss is plain cross entropy",
     "neftune_noise_alpha": "the model has no embedding",
+    "gradient_checkpointing": "the model has no checkpointed layers",
+    "activation_checkpointing": "the model has no checkpointed layers",
     "prediction_loss_only": "the report needs the predictions",
 }
 
@@ -191,15 +203,18 @@ def parse(argv):
         parser.print_help()
         raise SystemExit(0)
     try:
-        options, args, *_, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of an option's old name, which is refused below
+            options, args, *_, unknown = parser.parse_args_into_dataclasses(
+                argv, return_remaining_strings=True, look_for_args_file=False
+            )
     except Exception as error:  # TrainingArguments raises many types, from ImportError to NotImplementedError
         raise ValueError(error) from error
     if unknown:
         raise ValueError(_unknown(parser, unknown[0]))
     for name, reason in REFUSED.items():
-        if getattr(args, name) != parser.get_default(name):
+        given, default = getattr(args, name, None), parser.get_default(name)
+        if given != default and (given or default):  # TrainingArguments turns some None into False
             raise ValueError(f"--{name} is not supported: {reason}")
     return options, args
 

@@ -10,16 +10,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
+import fuseopt.rules
 import fuseopt.verify
 
-CLASSES = {
-    "adamw": fuseopt.AdamW,
-    "adam": fuseopt.Adam,
-    "sgd": fuseopt.SGD,
-    "nadam": fuseopt.NAdam,
-    "adagrad": fuseopt.Adagrad,
-    "lion": fuseopt.Lion,
-}
+CLASSES = {rule.__name__.lower(): rule for rule in fuseopt.rules.ALL}
 
 
 def frozen_names(model, patterns):
@@ -121,6 +115,31 @@ class FusedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(_Progress)
+
+    def check(self, steps):
+        """Build the data loaders and a scheduler as train() will, over a throwaway optimizer, and drop them.
+
+        Returns the scheduler; raises ValueError for options that they do not take.
+        """
+        groups = [{"params": [torch.zeros(1)]} for _ in self.fused.param_groups]
+        with torch.random.fork_rng():
+            try:
+                batches = len(self.get_train_dataloader())
+                self.get_eval_dataloader()
+            except Exception as error:  # torch's and accelerate's own
+                raise ValueError(f"the --dataloader_ options: {error}") from error
+        if not batches:
+            raise ValueError("--dataloader_drop_last leaves no batch: the training set is smaller than one")
+        name = f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"
+        try:
+            scheduler = self.create_scheduler(steps, torch.optim.SGD(groups, lr=self.args.learning_rate))
+            for step in (0, 1, steps // 2, steps):
+                for rate in getattr(scheduler, "lr_lambdas", []):
+                    float(rate(step))
+        except Exception as error:  # TypeError for an unknown keyword, anything for a bad value
+            raise ValueError(f"{name} with --lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}: {error}") from error
+        self.lr_scheduler, self._created_lr_scheduler = None, False
+        return scheduler
 
     @property
     def interrupted(self):

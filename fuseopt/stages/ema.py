@@ -2,7 +2,8 @@
 
 The first update copies the parameter. Pruned entries of the average are +0.0, so that it is exactly as
 sparse as the model. It is kept in fp32 for 16-bit parameters (in their own type a bf16 average at 0.99
-never moves) and in fp64 for fp64 ones.
+never moves) and in fp64 for fp64 ones. A parameter without a gradient is left out of a step, and its
+averages with it.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,8 +1,13 @@
 """Masks (stages 3 and 9): entries whose gradient is dropped, or which are frozen bit for bit.
 
-A mask is stored as packed bits without expanding it: element i of the parameter, in the order in
-which its memory lies, has bit (i // inner) % period. A row mask of an (R, C) matrix keeps R bits
-(period R, inner C), a column mask C bits, an element mask R*C.
+A mask is stored as packed bits without expanding it: element i of the parameter has bit
+(i // inner) % period. A row mask of an (R, C) matrix keeps R bits (period R, inner C), a column mask C
+bits, an element mask R*C.
+
+Note: order. Kernels walk memory, so bits must lie in the order of the parameter's memory, which changes
+with its memory format. "mask_order" in the state holds the dimensions from outermost to innermost as the
+bits have them; it is absent where they are row-major. Before a step, bits in another order than the
+memory's are brought into it.
 """
 
 import math
@@ -13,6 +18,7 @@ from torch import Tensor
 
 MODES = ("freeze", "grad")
 STATE_KEYS = ("mask_keep", "mask_period", "mask_inner", "mask_freeze")
+BITS = ("mask_keep", "prune_mask")
 
 
 def pack(bits: Tensor) -> Tensor:
@@ -34,32 +40,37 @@ def empty_bits(n: int) -> Tensor:
 
 def memory_order(p: Tensor) -> list[int]:
     """The dimensions of p from outermost to innermost in memory."""
+    if p.is_contiguous():
+        return list(range(p.dim()))
     return sorted(range(p.dim()), key=lambda d: (-p.stride(d), d))
 
 
-def flat_in_memory_order(x: Tensor, p: Tensor) -> Tensor:
-    """x, of p's shape, as a vector in the order in which p's elements lie in memory."""
-    return x.permute(memory_order(p)).reshape(-1)
+def order_of(state: dict, p: Tensor) -> list[int]:
+    """The order of the dimensions in which the bits in a parameter's state lie."""
+    return state.get("mask_order", list(range(p.dim())))
 
 
-def from_memory_order(flat: Tensor, p: Tensor) -> Tensor:
-    """The inverse of `flat_in_memory_order`: a tensor of p's shape."""
-    order = memory_order(p)
-    inverse = [order.index(d) for d in range(p.dim())]
-    return flat.reshape([p.shape[d] for d in order]).permute(inverse)
+def _flatten(x: Tensor, order: list[int]) -> Tensor:
+    """x as a vector, its dimensions in this order."""
+    return x.permute(order).reshape(-1)
 
 
-def fold(keep: Tensor, p: Tensor) -> tuple[Tensor, int, int]:
-    """(bits, period, inner) of a mask that broadcasts to p, stored no larger than it must be."""
-    order = memory_order(p)
-    aligned = keep.reshape([1] * (p.dim() - keep.dim()) + list(keep.shape)).permute(order)
-    shape = [p.shape[d] for d in order]
-    full = [d for d, size in enumerate(shape) if size > 1 and aligned.shape[d] == size]
+def _unflatten(flat: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
+    """The inverse of `_flatten`."""
+    inverse = [order.index(d) for d in range(len(order))]
+    return flat.reshape([shape[d] for d in order]).permute(inverse)
+
+
+def fold(keep: Tensor, shape: torch.Size, order: list[int]) -> tuple[Tensor, int, int]:
+    """(bits, period, inner) of a mask that broadcasts to a shape, stored no larger than it must be."""
+    aligned = keep.reshape([1] * (len(shape) - keep.dim()) + list(keep.shape)).permute(order)
+    sizes = [shape[d] for d in order]
+    full = [d for d, size in enumerate(sizes) if size > 1 and aligned.shape[d] == size]
     if not full:  # one bit for the whole tensor
-        return aligned.reshape(-1)[:1], 1, max(p.numel(), 1)
+        return aligned.reshape(-1)[:1], 1, max(math.prod(sizes), 1)
     first, last = full[0], full[-1]
-    between = [aligned.shape[d] if d in full else shape[d] for d in range(first, last + 1)]
-    inner = max(math.prod(shape[last + 1 :]), 1)  # 1 in an empty parameter
+    between = [aligned.shape[d] if d in full else sizes[d] for d in range(first, last + 1)]
+    inner = max(math.prod(sizes[last + 1 :]), 1)  # 1 in an empty parameter
     expanded = aligned.expand([*aligned.shape[:first], *between, *aligned.shape[last + 1 :]])
     bits = expanded.reshape(-1)
     return bits, bits.numel(), inner
@@ -72,7 +83,41 @@ def unfold(state: dict, p: Tensor) -> Tensor | None:
     period, inner = state["mask_period"], state["mask_inner"]
     bits = unpack(state["mask_keep"], period)
     flat = bits.repeat_interleave(inner).repeat(max(1, p.numel() // max(1, period * inner)))[: p.numel()]
-    return from_memory_order(flat, p).to(p.device)
+    return _unflatten(flat, p.shape, order_of(state, p)).to(p.device)
+
+
+def pruned(state: dict, p: Tensor) -> Tensor | None:
+    """Boolean tensor of the parameter's shape, True where pruned; None where there are no such bits."""
+    if "prune_mask" not in state:
+        return None
+    return _unflatten(unpack(state["prune_mask"], p.numel()), p.shape, order_of(state, p)).to(p.device)
+
+
+def set_pruned(state: dict, p: Tensor, mask: Tensor) -> None:
+    """Write the bits that `pruned` reads."""
+    state["prune_mask"].copy_(pack(_flatten(mask, order_of(state, p))))
+
+
+def reorder(state: dict, p: Tensor, order: list[int]) -> None:
+    """Bring the bits in a parameter's state into another order of its dimensions."""
+    zeros, keep = pruned(state, p), unfold(state, p)
+    if order == list(range(p.dim())):
+        state.pop("mask_order", None)
+    else:
+        state["mask_order"] = order
+    if zeros is not None:
+        state["prune_mask"] = pack(_flatten(zeros, order))
+    if keep is not None:
+        bits, state["mask_period"], state["mask_inner"] = fold(keep, p.shape, order)
+        state["mask_keep"] = pack(bits)
+
+
+def into_memory_order(state: dict, p: Tensor) -> None:
+    """Make the bits in a parameter's state what the kernels read: in the order of its memory, whole words."""
+    if any(key in state for key in BITS):
+        aligned = all(state[key].data_ptr() % 4 == 0 for key in BITS if key in state)
+        if not aligned or order_of(state, p) != memory_order(p):
+            reorder(state, p, memory_order(p))
 
 
 def check_state(name: str, n: int, state: dict) -> None:
@@ -92,8 +137,11 @@ def check_state(name: str, n: int, state: dict) -> None:
             raise ValueError(f"state {key!r} of {name} is not {count} packed bits (uint8); delete it to start afresh")
 
 
-def new_state(p: Tensor, keep: Tensor, mode: str, name: str) -> dict:
-    """The state entries of a mask. Raises TypeError or ValueError on a mask that cannot be meant."""
+def new_state(p: Tensor, keep: Tensor, mode: str, name: str, order: list[int]) -> dict:
+    """The state entries of a mask, its bits in this order of the dimensions.
+
+    Raises TypeError or ValueError on a mask that cannot be meant.
+    """
     if mode not in MODES:
         raise ValueError(f"mask of {name}: mode {mode!r} is unknown; use 'freeze' or 'grad'")
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
@@ -108,5 +156,5 @@ def new_state(p: Tensor, keep: Tensor, mode: str, name: str) -> dict:
             f"mask of {name}: keep has shape {tuple(keep.shape)}, which does not broadcast to the "
             f"parameter's {tuple(p.shape)}; add axes, as in keep[:, None] for rows"
         )
-    bits, period, inner = fold(keep, p)
+    bits, period, inner = fold(keep, p.shape, order)
     return {"mask_keep": pack(bits), "mask_period": period, "mask_inner": inner, "mask_freeze": mode == "freeze"}

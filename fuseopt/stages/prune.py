@@ -31,8 +31,9 @@ class Prune:
             (default), with any schedule, acts once: at `begin`, to the full sparsity.
         moments: "zero" clears the optimizer's state of pruned entries, "keep" leaves it running.
 
-    By default floating parameters with two or more dimensions are pruned; a parameter group with
-    prune=None leaves its own alone. Masks only grow. Raises ValueError for values outside these.
+    Floating parameters with two or more dimensions that are trained (requires_grad) are pruned; a group
+    with prune=None leaves its own alone. A threshold acts on what has a gradient. Masks only grow.
+    Raises ValueError for values outside these.
     """
 
     sparsity: float | None = None
