@@ -138,6 +138,10 @@ def _check_state(opt, group: dict, k: int, p: Tensor, state: Any) -> None:
         value = state.get(key, 1)
         if not isinstance(value, int) or (value < 1 and p.numel()):
             raise ValueError(f"state {key!r} of parameter {k} is {value!r}, not a whole number >= 1")
+    dims = list(range(p.dim()))
+    order = state.get("mask_order", dims)
+    if not isinstance(order, (list, tuple)) or sorted(order, key=str) != sorted(dims, key=str):
+        raise ValueError(f"state 'mask_order' of parameter {k} is {order!r}, not an order of its {p.dim()} dimensions")
     packed = {key: state[key] for key in ("prune_mask", "mask_keep") if isinstance(state.get(key), Tensor)}
     bits = {key: value.to(torch.uint8) for key, value in packed.items()}
     mask.check_state(f"parameter {k}", p.numel(), {**state, **bits})

@@ -276,6 +276,7 @@ DAMAGES = {
     "norm": (lambda s: s["param_groups"][0].update(max_grad_norm=-1.0), "max_grad_norm"),
     "mask-period": (lambda s: s["state"][0].update(mask_period=0), "mask_period"),
     "mask-inner": (lambda s: s["state"][0].update(mask_inner=0), "mask_inner"),
+    "mask-order": (lambda s: s["state"][0].update(mask_order=[5, "x"]), "mask_order"),
     "more-parameters": (lambda s: s["param_groups"][0]["params"].append(1), "group"),
 }
 
