@@ -1,5 +1,7 @@
 """A sweep over rule x dtype x options x shapes x steps, drawn by hypothesis, the same at every run."""
 
+import math
+
 import torch
 from cases import (
     BACKENDS,
@@ -31,6 +33,14 @@ shapes = st.one_of(
 )
 
 
+def strong(g: torch.Tensor) -> torch.Tensor:
+    """A gradient between 2 and 4: even clipped and unscaled it is above 0.75, and no decay can cancel it.
+
+    Where one nearly does, Adam divides a rounding error by eps, and no tolerance is right.
+    """
+    return g / 2 + 2 * torch.sign(g)
+
+
 @st.composite
 def cases(draw):
     """A rule, a dtype, shapes, options, masks, and which gradients are missing at which step."""
@@ -39,14 +49,15 @@ def cases(draw):
     if dtype in (F32, F64):
         prunes.append(Prune(draw(st.floats(0, 0.6)), begin=draw(st.integers(1, 2)), end=3, schedule=draw(st.sampled_from(("linear", "cubic"))),
                             scope=draw(st.sampled_from(("global", "tensor")))))
+    some = draw(st.lists(shapes, min_size=1, max_size=5))
+    clips = math.sqrt(max(1, sum(math.prod(shape) for shape in some)))  # scales by 0.4 or more; see strong()
     options = {
-        "max_grad_norm": draw(st.sampled_from((None, 0.3, 100.0))),
+        "max_grad_norm": draw(st.sampled_from((None, clips, 1e6))),
         "l1": draw(st.sampled_from((0.0, 0.25))),
         "ema": draw(st.sampled_from((None, EMA(0.75), [EMA(0.5), EMA(0.999, warmup="timm")]))),
         "prune": draw(st.sampled_from(prunes)),
         "statistics": draw(st.booleans()),
     }
-    some = draw(st.lists(shapes, min_size=1, max_size=5))
     return {
         "rule": draw(st.sampled_from(RULES)),
         "dtype": dtype,
@@ -54,7 +65,7 @@ def cases(draw):
         "options": options,
         "masks": [draw(st.sampled_from((None, None, "freeze", "grad"))) for _ in some],
         "mask_dims": [draw(st.lists(st.booleans(), min_size=len(s), max_size=len(s))) for s in some],
-        "scale": draw(st.sampled_from((None, 4.0, 3.0))),
+        "scale": draw(st.sampled_from((None, 2.0, 1.5))),
         "missing": draw(st.sets(st.tuples(st.integers(1, 3), st.integers(0, 4)), max_size=4)),
         "skip": draw(st.sampled_from((None, 1, 2, 3))),
         "backend": draw(st.sampled_from(BACKENDS)),
@@ -103,7 +114,7 @@ def test_any_combination_agrees_with_the_oracle_and_keeps_the_promises(case):
     for t in (1, 2, 3):
         synchronise(oracle, opt)
         for k, (p, q) in enumerate(zip(params, copies, strict=True)):
-            p.grad = None if (t, k) in case["missing"] else gradient(p, k, t)
+            p.grad = None if (t, k) in case["missing"] else strong(gradient(p, k, t))
             q.grad = None if p.grad is None else p.grad.double()
             if case["moves"]:
                 p.data = p.data.clone()
