@@ -20,8 +20,7 @@ struct StageScalars {
 constexpr int kStageScalars = sizeof(StageScalars<double>) / sizeof(double);
 
 // Stages 1 to 4: the gradient that the rule and the sums see. A masked entry is selected to zero, never
-// multiplied: 0 * inf is NaN. Clipping comes after `direction` and the mask, but all three commute bit
-// for bit with it, and the norm is formed with clip = 1.
+// multiplied: 0 * inf is NaN. The norm that decides s.clip is formed by this function too, with clip = 1.
 template <class T>
 FUSEOPT_INLINE T effective_grad(T g, bool keep, const StageScalars<T>& s) {
   g = g * (s.inv_grad_scale * s.direction);  // direction is 1 or -1: the product is exact

@@ -107,7 +107,7 @@ class Selection {
 
   // Prunes the first `count` of the entries equal to the k-th, in the order of tensors and elements.
   void prune_ties(uint32_t kth, int64_t count) {
-    for (int b = 0; count > 0; ++b) {
+    for (int b = 0; count > 0 && b < int(ties_.size()); ++b) {
       if (ties_[b] == 0) continue;
       const BlockView view(table_, table_.blocks[b]);
       for_each_candidate_word(view, [&](const Span& span, int64_t w, uint32_t free, const uint32_t* m) {
