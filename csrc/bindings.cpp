@@ -27,21 +27,56 @@ py::list params(const TensorTable& table) {
   return out;
 }
 
-py::object run(TensorTable& table, bool with_statistics) {
+// A list of rows, each of `width` numbers.
+py::list rows(const std::vector<double>& flat, size_t width) {
+  py::list out(flat.size() / width);
+  for (size_t k = 0; k < out.size(); ++k) {
+    py::tuple row(width);
+    for (size_t j = 0; j < width; ++j) row[j] = flat[k * width + j];
+    out[k] = row;
+  }
+  return out;
+}
+
+void check_ready(const TensorTable& table) {
   if (!table.problems.empty()) throw std::runtime_error("fuseopt: the table has unsolved problems");
-  Statistics s;
+}
+
+py::list squares(const TensorTable& table) {
+  check_ready(table);
+  std::vector<double> out(table.tensors.size());
   {
     py::gil_scoped_release release;
-    step(table, with_statistics ? &s : nullptr);
+    grad_squares(table, out.data());
   }
-  if (!with_statistics) return py::none();
-  py::dict out;
-  out["grad_norm"] = s.grad_norm;
-  out["param_norm"] = s.param_norm;
-  out["update_norm"] = s.update_norm;
-  out["zeros"] = s.zeros;
-  out["nonfinite"] = s.nonfinite;
-  return out;
+  return rows(out, 1);
+}
+
+py::list run(TensorTable& table, double norm, bool with_statistics) {
+  check_ready(table);
+  constexpr size_t width = sizeof(Statistics) / sizeof(double);
+  std::vector<double> out(with_statistics ? table.tensors.size() * width : 0);
+  {
+    py::gil_scoped_release release;
+    step(table, norm, with_statistics ? reinterpret_cast<Statistics*>(out.data()) : nullptr);
+  }
+  return rows(out, width);
+}
+
+// Addresses of int64 arrays come as integers: of `counts` 2^width, of `ties` and `quota` one for each tensor.
+void histogram(const TensorTable& table, uint32_t prefix, int shift, int width, intptr_t counts) {
+  py::gil_scoped_release release;
+  count_digits(table, prefix, shift, width, reinterpret_cast<int64_t*>(counts));
+}
+
+void ties(const TensorTable& table, uint32_t kth, intptr_t counts) {
+  py::gil_scoped_release release;
+  count_ties(table, kth, reinterpret_cast<int64_t*>(counts));
+}
+
+void prune(const TensorTable& table, uint32_t kth, intptr_t quota) {
+  py::gil_scoped_release release;
+  prune_up_to(table, kth, reinterpret_cast<const int64_t*>(quota));
 }
 
 py::dict schema() {
@@ -70,11 +105,12 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", [](const TensorTable& t) { return t.tensors.size(); })
       .def("release", &TensorTable::release, "Lets go of the parameters and gradients of the last gather().")
       .def("params", &params, "The parameters that the next run() will update.")
-      .def("run", &run, "One step; returns the statistics as a dict, or None.")
-      .def("prune_smallest", [](const TensorTable& t, int64_t count) {
-        py::gil_scoped_release release;
-        return prune_smallest(t, count);
-      });
+      .def_readonly("sharded", &TensorTable::sharded, "Whether the last gather() met a DTensor.")
+      .def("squares", &squares, "The sum of squares of each parameter's gradient, as rows of one.")
+      .def("run", &run, "One step; returns a row of sums for each parameter, or no rows.", py::arg("norm"), py::arg("statistics"))
+      .def("histogram", &histogram)
+      .def("ties", &ties)
+      .def("prune", &prune);
   m.def("set_torch", [](py::object tensor, py::object parameter, py::object describe,
                         const std::vector<intptr_t>& functions, py::ssize_t offset) {
     set_torch(tensor.ptr(), parameter.ptr(), describe.ptr(), functions, offset);

@@ -122,7 +122,7 @@ bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, 
   for (int k = 0; k < size(emas); ++k)
     if (!(t->ema[k] = read_stream(cursor.find(item(emas, k)), p, p.storage == 1 ? 1 : 0))) return false;
   if (size(counters) == 0) t->counter[0].value = fresh;  // for rules without a step count
-  if (PyDict_Size(state) == size(slots) + size(emas) + size(counters)) return true;  // no masks
+  if (PyDict_Size(state) == size(slots) + size(emas) + size(counters) || t->n == 0) return true;  // no masks
   if (!read_mask(state, t)) return false;
   PyObject* bits = PyDict_GetItemWithError(state, prune_mask);
   if (bits && !(t->pruned = read_bits(bits, t->n))) return false;
@@ -133,7 +133,7 @@ bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, 
 
 bool TensorTable::add(PyObject* param, PyObject* grad, PyObject* state, PyObject* spec, int group, bool fresh) {
   TensorView p, g;
-  if (!view(param, &p) || !view(grad, &g)) return false;
+  if (!view(param, &p) || !view(grad, &g) || !placed_alike(param, grad)) return false;
   if (p.storage < 0 || p.storage == kBits || g.storage != p.storage || !p.dense() || !g.same_layout(p)) return false;
   Tensor& t = tensors.emplace_back();
   t.group = group, t.storage = p.storage, t.n = p.count(), t.p = p.data, t.g = g.data;
@@ -151,7 +151,7 @@ void TensorTable::release() {
 
 void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, double inv_grad_scale) {
   static PyObject* nothing = PyDict_New();
-  groups.clear(), tensors.clear(), problems.clear();
+  groups.clear(), tensors.clear(), problems.clear(), sharded = false;
   release();
   const bool any_replaced = PyDict_Size(grads) > 0;
   // Walk the state beside the parameters: hashing a tensor calls Python, and the order mostly agrees.
@@ -182,6 +182,7 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
       PyObject* replacement = any_replaced ? PyDict_GetItemWithError(grads, param) : nullptr;
       PyObject* used = replacement ? item(replacement, 0) : grad;
       const bool fresh = replacement && item(replacement, 1) == Py_True;
+      sharded = sharded || is_dtensor(param);
       if (used != Py_None) {
         if (!own) own = PyDict_GetItemWithError(state, param);
         if (!own) own = nothing;

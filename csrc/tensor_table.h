@@ -65,6 +65,7 @@ class TensorTable {
   std::vector<int> items;  // blocks [items[i], items[i+1]) make one piece of work for a thread
   std::vector<Problem> problems;
   std::vector<_object*> params;  // the parameters in `tensors`
+  bool sharded = false;          // whether a parameter, stepped or not, is a DTensor
 
   ~TensorTable() { release(); }
 

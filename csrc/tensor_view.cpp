@@ -116,7 +116,39 @@ void prefetch_view(PyObject* object) {
   for (int line = 0; line < 3; ++line) __builtin_prefetch(impl + 64 * line);
 }
 
+// torch's class is only there once somebody imported its module, so it is looked up until found.
+bool is_dtensor(PyObject* object) {
+  static PyTypeObject* dtensor_type = nullptr;
+  PyTypeObject* type = Py_TYPE(object);
+  if (type == tensor_type || type == parameter_type) return false;
+  if (!dtensor_type) {
+    PyObject* name = PyUnicode_FromString("torch.distributed.tensor");
+    PyObject* module = name ? PyImport_GetModule(name) : nullptr;
+    if (module) dtensor_type = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(module, "DTensor"));
+    Py_XDECREF(name), Py_XDECREF(module);
+    PyErr_Clear();
+  }
+  return type == dtensor_type;
+}
+
+bool placed_alike(PyObject* a, PyObject* b) {
+  if (!is_dtensor(a) || !is_dtensor(b)) return !is_dtensor(b);
+  PyObject *x = PyObject_GetAttrString(a, "_spec"), *y = PyObject_GetAttrString(b, "_spec");
+  const bool alike = x && y && PyObject_RichCompareBool(x, y, Py_EQ) == 1;
+  Py_XDECREF(x), Py_XDECREF(y);
+  PyErr_Clear();
+  return alike;
+}
+
 bool view(PyObject* object, TensorView* out) {
+  if (is_dtensor(object)) {
+    static PyObject* local = PyUnicode_InternFromString("_local_tensor");
+    PyObject* part = PyObject_GetAttr(object, local);
+    const bool plain = part && view(part, out);
+    Py_XDECREF(part);  // the DTensor holds it
+    PyErr_Clear();
+    return plain;
+  }
   if (!is_plain(object)) return false;
   return handle_offset >= 0 ? view_by_shim(object, out) : view_by_python(object, out);
 }

@@ -37,8 +37,13 @@ PyObject* grad_of(PyObject* param);
 // Asks for the memory that view() will read; what lies behind it is cold where tensors are many.
 void prefetch_view(PyObject* object);
 
-// False when `object` is not a plain tensor: another kind of object, a wrapper subclass, sparse. Leaves
-// no Python exception behind.
+// False when `object` is not a plain tensor: another kind of object, a wrapper subclass, sparse. Of a DTensor
+// it shows the local tensor. Leaves no Python exception behind.
 bool view(PyObject* object, TensorView* out);
+
+bool is_dtensor(PyObject* object);
+
+// False for two DTensors that lie on the processes in different ways. A plain tensor stands for a part.
+bool placed_alike(PyObject* a, PyObject* b);
 
 }  // namespace fuseopt

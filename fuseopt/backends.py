@@ -1,5 +1,6 @@
 """The backends: one function table, and the choice between them."""
 
+import math
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -7,8 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import plan, reference, schema, torch_abi
-from .stages import mask
+from . import distributed, plan, reference, schema, select, torch_abi
+from .stages import mask, statistics
 
 NAMES = (None, "cpu", "torch")
 _warned = False
@@ -71,21 +72,33 @@ def _device(opt) -> str:
 
 def run(opt, step: plan.Step) -> None:
     """Run a step on the backend that `choose` picks: every stage, then the selection if there is one."""
-    update, select = TABLE[choose(opt)]
+    update, ranker = TABLE[choose(opt)]
     prepared = update(opt, step)
-    _copy_into_new_averages(opt, step, prepared)
-    for selection in plan.selections(step):
-        select(opt, selection)
+    _copy_into_new_averages(opt, prepared)
+    for selection in select.selections(opt, step):
+        select.prune(opt, selection, lambda members: ranker(opt, members))
+        torch.autograd.graph.increment_version([p for _, p in selection.members])
+
+
+def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]]) -> dict[Tensor, plan.Prepared]:
+    """Every check, and then what these parameters lack."""
+    if wanting or any(gs.sparsity is not None for gs in step.groups):
+        plan.check_all(opt, wanting)
+    for selection in select.selections(opt, step):
+        select.check_enough(opt, selection)
+    return plan.prepare(opt, step, wanting)
 
 
 @torch.no_grad()
-def _copy_into_new_averages(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
-    """The first update of an average copies the parameter; at t = 1 the state may have been made before."""
-    new = [(p, key) for p, made in prepared.items() for key in made.new_emas]
-    if step.t == 1:
-        new += [(p, key) for gs in step.groups for p in gs.group["params"] if p.grad is not None for key in gs.emas]
-    for p, key in new:
-        opt.state[p][key].copy_(p)
+def _copy_into_new_averages(opt, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """The first update of an average copies the parameter."""
+    for p, made in prepared.items():
+        for key in made.new_emas:
+            opt.state[p][key].copy_(p)
+
+
+def _stepped(step: plan.Step) -> list[tuple[plan.GroupStep, Tensor]]:
+    return [(gs, p) for gs in step.groups for p in gs.group["params"] if getattr(p, "grad", None) is not None]
 
 
 # ---- torch ---------------------------------------------------------------------------------------
@@ -93,8 +106,7 @@ def _copy_into_new_averages(opt, step: plan.Step, prepared: dict[Tensor, plan.Pr
 
 @torch.no_grad()
 def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
-    wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if getattr(p, "grad", None) is not None]
-    prepared = plan.prepare(opt, step, wanting)
+    prepared = _prepare(opt, step, _stepped(step))
     plan.add_prune_masks(opt, step)
     reference.run(opt, step, prepared)
     return prepared
@@ -125,17 +137,31 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     specs = [_spec(gs, gs.group["params"], gs.slots, gs.counters, gs.emas) for gs in step.groups]
     problems = table.gather(specs, opt.state, {}, step.inv_grad_scale)
     wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
-    prepared = plan.prepare(opt, step, wanting)
+    prepared = _prepare(opt, step, _stepped(step) if step.t == 1 else wanting)
     if plan.add_prune_masks(opt, step) or prepared:
         grads = {p: (made.grad, made.fresh) for p, made in prepared.items()}
         if table.gather(specs, opt.state, grads, step.inv_grad_scale):
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
-    statistics = table.run(opt.defaults["statistics"])
-    if statistics is not None:
-        opt._statistics = statistics
+    _cpu_run(opt, table)
     _mark_written(specs, table)
     table.release()
     return prepared
+
+
+def _cpu_run(opt, table) -> None:
+    shared = table.sharded or opt.defaults["sharded"]
+
+    def total(rows: list, width: int) -> list[float]:
+        if shared:
+            return distributed.total(opt, table.params(), rows, width)
+        return [sum(column) for column in zip((0.0,) * width, *rows, strict=True)]
+
+    norm = -1.0  # the table finds it by itself
+    if shared and any(group["max_grad_norm"] for group in opt.param_groups):
+        norm = math.sqrt(total(table.squares(), 1)[0])
+    sums = table.run(norm, opt.defaults["statistics"])
+    if opt.defaults["statistics"]:
+        opt._statistics = statistics.result(total(sums, statistics.WIDTH))
 
 
 def _mark_written(specs: list[tuple], table) -> None:
@@ -147,29 +173,41 @@ def _mark_written(specs: list[tuple], table) -> None:
         torch.autograd.graph.increment_version(table.params())
 
 
-def _cpu_select(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> None:
-    """Prune the smallest weights. Ties go by row-major index, so where a parameter lies in memory in another
-    order the reference does it."""
-    params = [p for _, p in selection]
-    if not all(p.is_contiguous() for p in params):
-        reference.prune_to_sparsity(opt, selection)
-        return
-    specs, grads = [], {}
-    for gs, p in selection:  # a parameter may have no gradient, or no state yet
-        mask.into_memory_order(opt.state[p], p)
-        has = opt.state[p].__contains__
-        specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
-        grads[p] = (p, False)
-    table = _native.TensorTable()
-    if table.gather(specs, opt.state, grads, 1.0):
-        raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
-    done = sum(int(mask.unpack(opt.state[p]["prune_mask"], p.numel()).sum()) for p in params)
-    if not table.prune_smallest(plan.target(selection) - done):
-        raise RuntimeError("fuseopt found fewer entries to prune than its checks did; please report this")
-    torch.autograd.graph.increment_version(params)
+class _CpuRanker:
+    """select.Ranker by compiled loops over a table of the members."""
+
+    def __init__(self, opt, members: select.Members):
+        specs, grads = [], {}
+        for gs, p in members:  # a parameter may have no gradient, or no state yet
+            mask.into_memory_order(opt.state[p], p)
+            has = opt.state[p].__contains__
+            specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
+            grads[p] = (p, False)
+        self.members, self.table = members, _native.TensorTable()
+        if self.table.gather(specs, opt.state, grads, 1.0):
+            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+
+    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
+        counts = torch.zeros(1 << width, dtype=torch.int64)
+        self.table.histogram(prefix, shift, width, counts.data_ptr())
+        return counts
+
+    def ties(self, kth: int) -> Tensor:
+        counts = torch.zeros(len(self.members), dtype=torch.int64)
+        self.table.ties(kth, counts.data_ptr())
+        return counts
+
+    def prune(self, kth: int, quotas: Tensor) -> None:
+        self.table.prune(kth, quotas.contiguous().data_ptr())
+
+
+def _cpu_ranker(opt, members: select.Members) -> select.Ranker:
+    """Ties go by row-major index, so where a parameter lies in memory in another order, torch ranks."""
+    row_major = all(distributed.local(p).is_contiguous() for _, p in members)
+    return (_CpuRanker if row_major else select.TorchRanker)(opt, members)
 
 
 TABLE: dict[str, tuple[Callable, Callable]] = {
-    "cpu": (_cpu_update, _cpu_select),
-    "torch": (_torch_update, reference.prune_to_sparsity),
+    "cpu": (_cpu_update, _cpu_ranker),
+    "torch": (_torch_update, select.TorchRanker),
 }

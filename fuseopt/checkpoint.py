@@ -1,6 +1,7 @@
-"""state_dict and load_state_dict beyond torch's: stage state keeps its type, and bits travel row-major."""
+"""state_dict and load_state_dict beyond torch's: stage state keeps its type, masks travel as booleans."""
 
 import copy
+import warnings
 from collections import defaultdict
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import plan
+from .distributed import placed_alike
 from .schema import compute_dtype
-from .stages import mask
+from .stages import ema, mask, prune
 
 
 def steps_of(opt) -> int:
@@ -24,12 +26,12 @@ def _numbered(opt) -> list[Tensor]:
 
 
 def outgoing(opt, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Bits in row-major order, so that a checkpoint does not depend on a parameter's memory format."""
+    """Masks as boolean tensors, so that a checkpoint depends neither on memory formats nor on processes."""
+    pruned = {p for group in opt.param_groups if group["prune"] for p in group["params"] if prune.prunable(p)}
     for k, p in enumerate(_numbered(opt)):
         state = state_dict["state"].get(k)
-        if isinstance(state, dict) and "mask_order" in state:
-            state_dict["state"][k] = state = dict(state)
-            mask.reorder(state, p, list(range(p.dim())))
+        if isinstance(state, dict):
+            state_dict["state"][k] = mask.saved(state, p, p in pruned)
     return state_dict
 
 
@@ -134,17 +136,24 @@ def _check_state(opt, group: dict, k: int, p: Tensor, state: Any) -> None:
             raise TypeError(f"state {key!r} of parameter {k} is {_kind(value)}, not one number")
         if key in slots or key.startswith("ema_"):
             _check_values(key, value, k, p)
-    for key in ("mask_period", "mask_inner"):
-        value = state.get(key, 1)
-        if not isinstance(value, int) or (value < 1 and p.numel()):
-            raise ValueError(f"state {key!r} of parameter {k} is {value!r}, not a whole number >= 1")
-    dims = list(range(p.dim()))
-    order = state.get("mask_order", dims)
-    if not isinstance(order, (list, tuple)) or sorted(order, key=str) != sorted(dims, key=str):
-        raise ValueError(f"state 'mask_order' of parameter {k} is {order!r}, not an order of its {p.dim()} dimensions")
-    packed = {key: state[key] for key in ("prune_mask", "mask_keep") if isinstance(state.get(key), Tensor)}
-    bits = {key: value.to(torch.uint8) for key, value in packed.items()}
-    mask.check_state(f"parameter {k}", p.numel(), {**state, **bits})
+    _check_masks(state, k, p)
+
+
+def _check_masks(state: dict, k: int, p: Tensor) -> None:
+    """Raise ValueError or TypeError unless the masks fit parameter k."""
+    if ("mask_keep" in state) != ("mask_freeze" in state):
+        raise ValueError(f"state of parameter {k} has only one of 'mask_keep' and 'mask_freeze'; they go together")
+    for key in ("mask_keep", "prune_mask"):
+        value = state.get(key, torch.ones(p.shape, device="meta"))
+        if not isinstance(value, Tensor):
+            raise TypeError(f"state {key!r} of parameter {k} is {_kind(value)}, not a boolean tensor")
+        fits = value.dim() == p.dim() and all(
+            a == b or (a == 1 and key == "mask_keep") for a, b in zip(value.shape, p.shape)
+        )
+        if not fits:
+            raise ValueError(
+                f"state {key!r} of parameter {k} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
+            )
 
 
 def _is_number(value: Any) -> bool:
@@ -157,21 +166,49 @@ def _check_values(key: str, value: Any, k: int, p: Tensor) -> None:
         raise TypeError(f"state {key!r} of parameter {k} is {_kind(value)}, not a tensor")
     if value is not None and value.shape != p.shape:
         raise ValueError(f"state {key!r} of parameter {k} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+    if value is not None and not placed_alike(p, value):
+        raise ValueError(
+            f"state {key!r} of parameter {k} is not spread over the processes as the parameter is; load the checkpoint "
+            "with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
 
 
-def restore_types(opt, state_dict: dict[str, Any]) -> None:
-    """Undo torch's cast of stage state to the parameter's type; bring bits into the parameter's order."""
+def own_masks(opt) -> dict[Tensor, dict]:
+    """The masks that the user set, for `restore` to keep where a checkpoint has none."""
+    return {
+        p: mask.entries(state) for p, state in opt.state.items() if isinstance(state, dict) and "mask_keep" in state
+    }
+
+
+def restore(opt, state_dict: dict[str, Any], own_masks: dict[Tensor, dict]) -> None:
+    """Undo torch's cast of stage state to the parameter's type; bring masks into the form that steps read."""
     ids = [k for group in state_dict["param_groups"] for k in group["params"]]
     for k, p in zip(ids, _numbered(opt), strict=True):
-        saved = state_dict["state"].get(k)
-        if not isinstance(saved, dict):
-            continue
+        saved = state_dict["state"].get(k, {})
+        if "mask_keep" in saved or "prune_mask" in saved or p in own_masks:
+            mask.restore(opt.state[p], p, saved, own_masks.get(p, {}))
         for key, value in saved.items():
             if not isinstance(value, Tensor):
                 continue
             if key.startswith("ema_"):
                 opt.state[p][key] = value.to(p.device, compute_dtype(p.dtype))
-            elif key in ("prune_mask", "mask_keep"):  # torch makes floats of them when it loads ours
-                opt.state[p][key] = value.to("cpu", torch.uint8)
             elif key == "mu_product":
                 opt.state[p][key] = value.cpu() if value.dtype == torch.float64 else value.to("cpu", torch.float32)
+
+
+def warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
+    """Tell what this optimizer keeps and the checkpoint, of torch or of other options, has not."""
+    states = [state for state in state_dict["state"].values() if isinstance(state, dict)]
+    saved = {key for state in states for key in state}
+    averages = {key for group in opt.param_groups for key in ema.names(group)} - saved
+    missing = [f"{', '.join(sorted(averages))} start anew, as copies of the weights"] if averages else []
+    if any(group["prune"] for group in opt.param_groups) and "prune_mask" not in saved:
+        missing.append("no weight is pruned yet")
+    if states and missing:
+        steps = max(group["steps"] for group in opt.param_groups)
+        warnings.warn(
+            f"the checkpoint does not hold all that {type(opt).__name__} keeps here: {'; '.join(missing)}. "
+            f"Schedules go on from its {steps} steps",
+            UserWarning,
+            stacklevel=3,
+        )

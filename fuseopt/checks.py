@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import schema
+from .distributed import is_dtensor, local, placed_alike
 from .stages import mask
 
 
@@ -35,6 +36,8 @@ def check_devices(opt) -> None:
     for p in params:
         if not isinstance(p, Tensor):
             raise TypeError(f"{p!r} in a group's 'params' is not a tensor; remove it")
+        if opt.defaults["sharded"] and is_dtensor(p):
+            raise ValueError(f"{name_of(opt, p)} is a DTensor, which knows its parts itself; leave out sharded=True")
         if p.device != params[0].device:
             raise ValueError(
                 f"{name_of(opt, p)} is on {p.device}, {name_of(opt, params[0])} on {params[0].device}; "
@@ -54,11 +57,19 @@ class Name:
 
 def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor | None) -> None:
     """Raise TypeError or ValueError if p cannot be stepped with gradient g (None: only with its state)."""
-    name = Name(opt, p)
+    name, whole = Name(opt, p), p
+    if is_dtensor(p) and any(x.is_partial() for x in p.placements):
+        raise ValueError(f"{name} has placements {p.placements}; redistribute it to Shard or Replicate first")
+    p, state = local(p), opt.state.get(p, {})
     if p.dtype not in schema.DTYPES:
         kinds = ", ".join(str(d).removeprefix("torch.") for d in schema.DTYPES)
         raise TypeError(f"{name} has dtype {p.dtype}; fuseopt steps {kinds}: convert it or use torch.optim for it")
-    for x in (p, g):
+    if g is not None and is_dtensor(g) != is_dtensor(whole):
+        kinds = [type(x).__name__ for x in (g, whole)]
+        raise TypeError(
+            f"the gradient of {name} is a {kinds[0]}, the parameter a {kinds[1]}; make both DTensors or none"
+        )
+    for x in (p, None if g is None else local(g)):
         if x is not None and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             kind = type(x).__name__
             raise TypeError(f"{name} is {kind}, which has no storage of its own; step the tensors it is made of")
@@ -70,10 +81,10 @@ def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor 
     if opt.defaults["backend"] == "cpu" and p.device.type != "cpu":
         raise ValueError(f"{name} is on {p.device} and backend='cpu' was asked for; move it, or leave backend out")
     if g is not None:
-        check_gradient(name, p, g)
+        check_gradient(name, whole, g)
     for key in slots + emas + counters:
-        check_state(name, p, key, opt.state.get(p, {}).get(key), key in counters, key in emas)
-    mask.check_state(name, p.numel(), opt.state.get(p, {}))
+        check_state(name, whole, key, state.get(key), key in counters, key in emas)
+    mask.check_state(name, p, state)
 
 
 def check_gradient(name: Name, p: Tensor, g: Tensor) -> None:
@@ -101,6 +112,8 @@ def check_state(name: Name, p: Tensor, key: str, value, is_counter: bool, is_ema
         return
     if value.shape != p.shape:
         raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}; {remedy}")
+    if not placed_alike(p, value):
+        raise ValueError(f"state {key!r} of {name} is not spread over the processes as the parameter is; {remedy}")
     expected = schema.compute_dtype(p.dtype) if is_ema else p.dtype
     if value.dtype != expected:
         raise TypeError(f"state {key!r} of {name} has dtype {value.dtype}, not {expected}; convert it, or {remedy}")
@@ -121,5 +134,6 @@ def dense(p: Tensor) -> bool:
 @torch.no_grad()
 def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
     """x itself if its elements lie in memory as p's do, otherwise a copy that does."""
-    same = all(a == b or n <= 1 for a, b, n in zip(x.stride(), p.stride(), p.shape, strict=True))
+    a, b = local(x), local(p)
+    same = all(i == j or n <= 1 for i, j, n in zip(a.stride(), b.stride(), b.shape, strict=True)) or b.numel() == 0
     return x if same else torch.empty_like(p, dtype=x.dtype).copy_(x)

@@ -1,6 +1,7 @@
 """`opt.explain()`: what one step does, and the bytes it moves."""
 
 from . import backends
+from .distributed import local
 from .stages import ema, prune
 
 
@@ -10,7 +11,8 @@ class Explanation:
     backend: name of the backend that runs it; why: the reason it was chosen.
     rows: one dict a parameter group and dtype: group, tensors, elements, dtype, and bytes a step by
         stream (param, grad, moments, ema, masks, norm).
-    bytes_per_step: their sum, read plus written, over all parameters that are trained.
+    bytes_per_step: their sum, read plus written, over all parameters that are trained. Of parameters that
+        processes share, elements and bytes are those of this process.
     """
 
     def __init__(self, opt):
@@ -46,7 +48,7 @@ def _rows(opt, k: int, group: dict) -> list[dict]:
         dtype = str(p.dtype).removeprefix("torch.")
         empty = {"group": k, "dtype": dtype, "tensors": 0, "elements": 0} | dict.fromkeys(STREAMS, 0)
         row = rows.setdefault(dtype, empty)
-        n, size = p.numel(), p.element_size()
+        n, size = local(p).numel(), p.element_size()
         row["tensors"] += 1
         row["elements"] += n
         row["param"] += 2 * n * size
@@ -65,5 +67,5 @@ def _mask_bytes(state: dict, group: dict, p) -> int:
     bits = state.get("mask_period", 0)
     options = group["prune"]
     if options is not None and prune.prunable(p):
-        bits += p.numel() * (2 if options["threshold"] is not None else 1)
+        bits += local(p).numel() * (2 if options["threshold"] is not None else 1)
     return -(-bits // 8)

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from . import averages, backends, checkpoint, checks, explain, plan
+from . import averages, backends, checkpoint, checks, distributed, explain, plan
 from .stages import clip, decay, ema, mask, prune
 
 try:  # Python 3.11
@@ -32,10 +32,11 @@ class StageOptions(TypedDict, total=False):
     prune: Any
     statistics: bool
     backend: str | None
+    sharded: bool
 
 
 GROUP_OPTIONS = {"max_grad_norm": None, "l1": 0.0, "ema": None, "prune": None}
-WHOLE_OPTIONS = {"statistics": False, "backend": None}
+WHOLE_OPTIONS = {"statistics": False, "backend": None, "sharded": False}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -50,6 +51,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         prune: fuseopt.Prune. None (default): none.
         statistics: gather the sums that `statistics()` returns. False by default.
         backend: "cpu" (compiled), "torch" (plain torch operations), or None to choose by device.
+        sharded: True where the parameters are this process's part of the model's, each on one process
+            alone, as ZeroRedundancyOptimizer makes them: norm, statistics and pruning are then those of
+            all processes together (or of the process group given instead of True). DTensors need no such
+            hint. False by default.
 
     Gradients are read, never written. A rule provides kernel, slots, counters, hyper, update.
     """
@@ -114,14 +119,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; the group may also carry max_grad_norm, l1, ema and prune.
 
-        Raises ValueError for a group with `statistics` or `backend`: they hold for the whole optimizer.
+        Raises ValueError for a group with other values of `statistics`, `backend` or `sharded` than the
+        optimizer's: they hold for the whole of it.
         """
         if self._stage_defaults is not None:  # during construction
             self.defaults.update(self._stage_defaults)
             self.__dict__.pop("_stage_defaults")
         if isinstance(param_group, dict):
             for name in WHOLE_OPTIONS:
-                if name in param_group:
+                if param_group.get(name, self.defaults[name]) != self.defaults[name]:
                     raise ValueError(f"{name!r} belongs to the optimizer, not to a parameter group; pass it by keyword")
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:
@@ -194,8 +200,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether this first step is torch.distributed.checkpoint's, to make state: lr 0, zero gradients."""
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        return not any(g is not None and bool(g.any()) for g in gradients)
+        params = [p for group in self.param_groups for p in group["params"]]
+
+        def count(members: list[int]) -> Tensor:  # of nonzero gradients
+            gradients = [distributed.local(params[k].grad) for k in members if params[k].grad is not None]
+            return torch.tensor(sum(bool(g.any()) for g in gradients))
+
+        return not distributed.Parts(params, self.defaults["sharded"]).total(count)
 
     # ---- masks, averages, reports ---------------------------------------------------------------
 
@@ -204,27 +215,25 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             param: the parameter, or its name where the optimizer was given named parameters.
-            keep: boolean tensor that broadcasts to the parameter. Kept unexpanded, at 1 bit an entry.
-                It replaces the parameter's earlier mask; all True removes it.
+            keep: boolean tensor that broadcasts to the parameter (to the whole of it, where processes
+                share it). Kept unexpanded, at 1 bit an entry. It replaces the parameter's earlier mask;
+                all True removes it.
             mode: "freeze" keeps the other entries and their moments bit for bit; "grad" only zeroes
                 their gradient, so that decay and momentum still move them.
 
         Raises TypeError or ValueError for a mask that does not fit, with nothing changed.
         """
-        group, p, name = checks.find(self, param)
-        entries = mask.new_state(p, keep, mode, name, mask.order_of(self.state.get(p, {}), p))
-        if self.counters(group) and self.counters(group)[0] not in self.state[p]:
-            plan.complete_state(self, group, p, averages=False)  # torch takes any state for a whole one
-        state = self.state[p]
-        for key in mask.STATE_KEYS:
-            state.pop(key, None)
-        if not bool(keep.all()):
-            state.update(entries)
+        _, p, name = checks.find(self, param)
+        mask.check_mode(mode, name)
+        mask.check_keep(p.shape, keep, name)
+        plan.make_state(self)  # torch.distributed.checkpoint takes any state for a whole one
+        mask.replace(self.state[p], p, None if bool(keep.all()) else keep, mode == "freeze")
 
     def prune_mask(self, param: Tensor | str) -> Tensor | None:
         """Boolean tensor of the parameter's shape, True where pruned; None where nothing is."""
         _, p, _ = checks.find(self, param)
-        return mask.pruned(self.state.get(p, {}), p)
+        pruned = mask.pruned(self.state.get(p, {}), distributed.local(p))
+        return None if pruned is None else distributed.whole(p, pruned, set(range(p.dim())))
 
     @contextmanager
     def swap_ema(self, k: int = 0) -> Iterator[None]:
@@ -260,7 +269,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self._validate_options()
         for target, average in averages.match(self, model, k):
-            target.copy_(average)
+            target.copy_(average if distributed.placed_alike(target, average) else average.full_tensor())
 
     def statistics(self) -> Mapping[str, float]:
         """The sums of the last step: grad_norm, param_norm, update_norm, zeros, nonfinite.
@@ -288,9 +297,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Continue from `state_dict`: of this class or of its torch counterpart.
 
         Averages, masks and counters come back in the type they were kept in. Hyper-parameters follow the
-        checkpoint, as in torch, but `ema` and `prune` that it has not (torch's, or saved without them)
-        stay as they are here. Raises ValueError or TypeError, with nothing changed, if the checkpoint is
-        malformed or its groups or shapes differ.
+        checkpoint, as in torch, but `ema`, `prune` and masks that it has not (torch's, or saved without
+        them) stay as they are here, and a UserWarning tells what starts anew. Raises ValueError or
+        TypeError, with nothing changed, if the checkpoint is malformed or its groups or shapes differ.
         """
         kept: dict = {}
         checkpoint.check_form(state_dict)
@@ -304,12 +313,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             checkpoint.check(self, kept)
             return kept
 
-        hook = self.register_load_state_dict_pre_hook(last_hook)
+        hook, own_masks = self.register_load_state_dict_pre_hook(last_hook), checkpoint.own_masks(self)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        checkpoint.restore_types(self, kept)
+        checkpoint.restore(self, kept, own_masks)
+        checkpoint.warn_of_fresh_starts(self, kept)
 
 
 def _drop_whole_options(group: dict) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import schema
-from .checks import check, check_devices, in_layout_of, name_of
+from .checks import check, check_devices, in_layout_of
+from .distributed import local, placed_alike
 from .stages import decay, ema, mask, prune
 
 
@@ -92,12 +93,12 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
 
 @torch.no_grad()
 def make_state(opt) -> None:
-    """Make the whole state of every parameter that has a gradient, and change nothing else."""
+    """Make the whole state of every parameter that is trained, and change nothing else."""
     step = Step(opt, 1, 1.0)
-    wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.grad is not None]
+    wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.requires_grad or p.grad is not None]
     check_devices(opt)
     for gs, p in wanting:
-        check(opt, gs.slots, gs.counters, gs.emas, p, getattr(p, "grad", None))
+        check(opt, gs.slots, gs.counters, gs.emas, p, None)
     for gs, p in wanting:
         new = [key for key in gs.emas if key not in opt.state[p]]
         complete_state(opt, gs.group, p)
@@ -109,28 +110,29 @@ def make_state(opt) -> None:
 class Prepared:
     """What a parameter needed before its step could run."""
 
-    grad: Tensor  # the gradient, in the parameter's memory layout
+    grad: Tensor  # the gradient, in the parameter's memory layout; here and below, as far as it lies here
     fresh: bool  # its moments are new
     new_emas: list[str]
 
 
-def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Tensor, Prepared]:
-    """Check the parameters that cannot run as they are, then make what they lack.
-
-    Raises before anything is changed.
-    """
-    if not wanting and all(gs.sparsity is None for gs in step.groups):
-        return {}
+def check_all(opt, wanting: list[tuple[GroupStep, Tensor]]) -> None:
+    """Raise ValueError or TypeError, with nothing changed, if one of these parameters cannot be stepped."""
     check_devices(opt)
     for gs, p in wanting:
         check(opt, gs.slots, gs.counters, gs.emas, p, getattr(p, "grad", None))
-    for selection in selections(step):
-        check_enough_to_prune(opt, selection)
+
+
+def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Tensor, Prepared]:
+    """Make what these parameters, which `check_all` has passed, lack."""
     prepared = {}
     for gs, p in wanting:
-        new_emas = [key for key in gs.emas if key not in opt.state[p]]
+        state = opt.state[p]
+        new_emas = [key for key in gs.emas if key not in state or step.t == 1]
         fresh = complete_state(opt, gs.group, p)
-        prepared[p] = Prepared(in_layout_of(p, p.grad), fresh, new_emas)
+        # At the first step the state may have been made before, but then nothing is in it.
+        fresh |= step.t == 1 and not any(bool(local(state[key]).any()) for key in gs.slots)
+        grad = p.grad if placed_alike(p, p.grad) else p.grad.redistribute(placements=p.placements)
+        prepared[p] = Prepared(in_layout_of(local(p), local(grad)), fresh, new_emas)
     return prepared
 
 
@@ -148,56 +150,12 @@ def add_prune_masks(opt, step: Step) -> bool:
                 if "prune_mask" not in opt.state[p]:
                     if gs.counters and gs.counters[0] not in opt.state[p]:
                         complete_state(opt, gs.group, p, averages=False)
-                    opt.state[p]["prune_mask"] = mask.empty_bits(p.numel())
+                    opt.state[p]["prune_mask"] = mask.empty_bits(local(p).numel())
                     mask.into_memory_order(opt.state[p], p)
                     added = True
     return added
 
 
-def frozen(opt, p: Tensor) -> Tensor | None:
+def frozen(state: dict, p: Tensor) -> Tensor | None:
     """Boolean tensor, True where a "freeze" mask holds p; None without one."""
-    state = opt.state.get(p, {})
     return ~mask.unfold(state, p) if state.get("mask_freeze") else None
-
-
-def selections(step: Step) -> list[list[tuple[GroupStep, Tensor]]]:
-    """What is ranked together at this step: all parameters whose groups prune alike, or each tensor alone."""
-    together: list[tuple[dict, list]] = []
-    for gs in step.groups:
-        if gs.sparsity is None:
-            continue
-        members = [(gs, p) for p in prunable(gs)]
-        options = gs.group["prune"]
-        alike = next((found for seen, found in together if seen == options), None)
-        if options["scope"] == "tensor":
-            together += [(options, [member]) for member in members]
-        elif alike is None:
-            together.append((options, members))
-        else:
-            alike += members
-    return [members for _, members in together if members]
-
-
-def target(selection: list[tuple[GroupStep, Tensor]]) -> int:
-    """How many entries of a selection are pruned after this step."""
-    return round(selection[0][0].sparsity * sum(p.numel() for _, p in selection))
-
-
-def _held(opt, p: Tensor) -> int:
-    """How many entries are frozen and not pruned already."""
-    held, pruned = frozen(opt, p), opt.prune_mask(p)
-    if held is None:
-        return 0
-    return int(held.sum() if pruned is None else (held & ~pruned).sum())
-
-
-def check_enough_to_prune(opt, selection: list[tuple[GroupStep, Tensor]]) -> None:
-    """Raise ValueError if the sparsity asks for more entries than are not frozen."""
-    n = sum(p.numel() for _, p in selection)
-    free = n - sum(_held(opt, p) for _, p in selection)
-    if target(selection) > free:
-        where = "the prunable parameters" if len(selection) > 1 else name_of(opt, selection[0][1])
-        raise ValueError(
-            f"sparsity {selection[0][0].sparsity:g} of {where} asks to prune {target(selection)} of {n} entries, but "
-            f"masks freeze all but {free}; lower the sparsity, or put frozen parameters in a group with prune=None"
-        )

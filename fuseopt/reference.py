@@ -4,10 +4,13 @@ Everything is computed in fp32 for 16-bit and fp32 parameters and in fp64 for fp
 a double copy of a model is the float64 oracle.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import plan
+from .distributed import local, local_state, total
 from .schema import compute_dtype
 from .stages import clip, decay, ema, mask, prune, statistics
 
@@ -21,10 +24,11 @@ def gradient(p: Tensor, grad: Tensor, keep: Tensor | None, gs: plan.GroupStep) -
 
 def step_parameter(opt, gs: plan.GroupStep, p: Tensor, g: Tensor, clip_factor: float, fresh: bool) -> None:
     """Stages 4 to 11 on one parameter and its state, in order. g: from `gradient`."""
-    state, s = opt.state[p], gs.stage
+    state, s = local_state(opt.state[p]), gs.stage
+    p = local(p)
     kind = compute_dtype(p.dtype)
-    frozen = plan.frozen(opt, p)
-    pruned = opt.prune_mask(p)
+    frozen = plan.frozen(state, p)
+    pruned = mask.pruned(state, p)
 
     w = p.to(kind)
     slot = {key: state[key].to(kind) for key in gs.slots}
@@ -63,33 +67,17 @@ def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
     for gs in step.groups:
         for p in gs.group["params"]:
             if p in prepared:
-                keep, pruned = mask.unfold(opt.state[p], p), opt.prune_mask(p)
+                keep, pruned = mask.unfold(opt.state[p], local(p)), mask.pruned(opt.state[p], local(p))
                 g = gradient(p, prepared[p].grad, keep, gs)
                 todo.append((gs, p, g, g if pruned is None else torch.where(pruned, 0.0, g)))
-    clips = any(gs.group["max_grad_norm"] for gs in step.groups)
-    norm = clip.norm(free for _, _, _, free in todo) if clips else 0.0
-    sums = statistics.Sums() if opt.defaults["statistics"] else None
+    params = [p for _, p, _, _ in todo]
+    norm = 0.0
+    if any(gs.group["max_grad_norm"] for gs in step.groups):
+        norm = math.sqrt(total(opt, params, [(clip.square(free),) for _, _, _, free in todo], 1)[0])
+    rows = []
     for gs, p, g, free in todo:
-        before = p.clone() if sums else None
+        before = local(p).clone()
         step_parameter(opt, gs, p, g, clip.factor(gs.group["max_grad_norm"], norm), prepared[p].fresh)
-        if sums:
-            sums.add(free, before, p)
-    if sums:
-        opt._statistics = sums.result()
-
-
-@torch.no_grad()
-def prune_to_sparsity(opt, selection: list[tuple[plan.GroupStep, Tensor]]) -> None:
-    """After the update: select the smallest of the new weights and zero them, their moments and averages."""
-    params = [p for _, p in selection]
-    masks = [opt.prune_mask(p) for p in params]
-    held = [plan.frozen(opt, p) for p in params]
-    free = [~m if f is None else ~m & ~f for m, f in zip(masks, held, strict=True)]
-    count = max(plan.target(selection) - sum(int(m.sum()) for m in masks), 0)
-    for (gs, p), m, new in zip(selection, masks, prune.smallest(params, free, count), strict=True):
-        state = opt.state[p]
-        mask.set_pruned(state, p, m | new)
-        p.copy_(prune.apply(p, new))
-        for key in gs.emas if gs.stage["keep_moments"] else gs.slots + gs.emas:
-            if key in state:
-                state[key].copy_(prune.apply(state[key], new))
+        rows.append(statistics.row(free, before, local(p)) if opt.defaults["statistics"] else ())
+    if opt.defaults["statistics"]:
+        opt._statistics = statistics.result(total(opt, params, rows, statistics.WIDTH))

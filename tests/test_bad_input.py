@@ -374,7 +374,7 @@ def test_a_valid_option_edited_in_place_to_a_wrong_value(backend):
         opt.step()
 
 
-@pytest.mark.parametrize("option", ({"backend": "torch"}, {"backend": None}, {"statistics": True}), ids=str)
+@pytest.mark.parametrize("option", ({"backend": "torch"}, {"sharded": True}, {"statistics": True}), ids=str)
 def test_options_of_the_whole_optimizer_in_a_group(option):
     p, q = parameters([(3,), (3,)])
     (name,) = option

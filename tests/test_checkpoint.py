@@ -3,10 +3,13 @@
 import copy
 import gc
 import io
+import json
 import pickle
+import warnings
 import weakref
 
 import pytest
+import safetensors.torch
 import torch
 from cases import (
     BF16,
@@ -246,6 +249,72 @@ def test_freed_without_the_garbage_collector(backend):
         gc.enable()
 
 
+def through_safetensors(state_dict):
+    """Tensors as safetensors, the rest, which is plain data, as JSON."""
+    state = {f"{k}.{key}": x for k, entries in state_dict["state"].items() for key, x in entries.items()}
+    tensors = {key: x.contiguous() for key, x in state.items() if torch.is_tensor(x)}
+    rest = {key: x for key, x in state.items() if not torch.is_tensor(x)}
+    text = json.dumps({"rest": rest, "param_groups": state_dict["param_groups"]})
+    loaded, plain = safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(text)
+    out = {"state": {}, "param_groups": plain["param_groups"]}
+    for key, x in (loaded | plain["rest"]).items():
+        k, name = key.split(".")
+        out["state"].setdefault(int(k), {})[name] = x
+    return out
+
+
+def test_extras_travel_as_safetensors_and_json(backend):
+    params = parameters([(6, 70), (5, 3, 2, 2)], BF16)
+    options = dict(lr=0.1, backend=backend, ema=[EMA(0.9, "timm"), EMA(0.5)], prune=Prune(0.5, begin=2, end=6, every=2))
+    opt = fuseopt.AdamW(params, **options)
+    opt.mask(params[0], torch.arange(6)[:, None] > 1)
+    run(opt, params, 3)
+    copies = like(params)
+    other = fuseopt.AdamW(copies, backend=backend)
+    other.load_state_dict(through_safetensors(opt.state_dict()))
+    run(opt, params, 4, 4), run(other, copies, 4, 4)
+    assert_same_state(opt, other)
+
+
+OF_TORCH = {
+    "average": ({"ema": EMA(0.9)}, "ema_0 start anew.*3 steps"),
+    "averages": ({"ema": [EMA(0.9), EMA(0.5)]}, "ema_0, ema_1 start anew"),
+    "prune": ({"prune": Prune(0.5, begin=9)}, "no weight is pruned yet.*3 steps"),
+}
+
+
+@pytest.mark.parametrize("options", OF_TORCH)
+def test_loading_torchs_checkpoint_tells_what_starts_anew(options, backend):
+    options, message = OF_TORCH[options]
+    p = parameters([(8, 8)])[0]
+    saved = run(torch.optim.AdamW([p]), [p], 3).state_dict()
+    opt = fuseopt.AdamW([p], backend=backend, **options)
+    with pytest.warns(UserWarning, match=message):
+        opt.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuseopt.AdamW([p], backend=backend, **options).load_state_dict(run(opt, [p], 1).state_dict())  # has them
+        fuseopt.AdamW([p], backend=backend).load_state_dict(saved)  # nothing is missed
+        other = fuseopt.AdamW([p], backend=backend, **options)
+        other.load_state_dict(other.state_dict())  # empty, as accelerate loads it
+
+
+def test_masks_stay_when_the_checkpoint_has_none(backend):
+    """torch's has none for anyone; ours may have some for others."""
+    params = parameters([(8, 8), (4, 4)])
+    opt = fuseopt.AdamW(params, lr=0.1, backend=backend)
+    opt.mask(params[1], torch.eye(4) > 0)
+    for saved in (run(torch.optim.AdamW(like(params)), [], 0).state_dict(), opt.state_dict()):
+        copies = like(params)
+        other = fuseopt.AdamW(copies, lr=0.1, backend=backend)
+        other.mask(copies[0], element_mask(copies[0]))
+        other.load_state_dict(through_disk(saved))
+        run(other, copies, 2)
+        kept = element_mask(params[0])
+        assert_same_bits(copies[0][~kept], params[0].detach()[~kept])
+        assert bool((copies[0][kept] != params[0][kept]).all())
+
+
 def damaged(change):
     """A checkpoint of AdamW after two steps, changed."""
     p = parameters([(8, 8)])[0]
@@ -259,9 +328,10 @@ def damaged(change):
 DAMAGES = {
     "moment-shape": (lambda s: s["state"][0].update(exp_avg=torch.zeros(8, 7)), "exp_avg.*shape"),
     "average-shape": (lambda s: s["state"][0].update(ema_0=torch.zeros(3)), "ema_0.*shape"),
-    "prune-mask-size": (lambda s: s["state"][0].update(prune_mask=torch.zeros(4, dtype=torch.uint8)), "prune_mask"),
-    "mask-size": (lambda s: s["state"][0].update(mask_keep=torch.zeros(4, dtype=torch.uint8)), "mask_keep"),
-    "mask-period-gone": (lambda s: s["state"][0].pop("mask_period"), "mask_"),
+    "prune-mask-size": (lambda s: s["state"][0].update(prune_mask=torch.zeros(1, 8, dtype=torch.bool)), "prune_mask"),
+    "prune-mask-rank": (lambda s: s["state"][0].update(prune_mask=torch.zeros(8, dtype=torch.bool)), "prune_mask"),
+    "mask-size": (lambda s: s["state"][0].update(mask_keep=torch.ones(8, 2, dtype=torch.bool)), "mask_keep"),
+    "mask-mode-gone": (lambda s: s["state"][0].pop("mask_freeze"), "mask_freeze"),
     "more-groups": (lambda s: s["param_groups"].append({"params": []}), "group"),
     "no-state": (lambda s: s.pop("state"), "no 'state'"),
     "no-groups": (lambda s: s.pop("param_groups"), "no 'param_groups'"),
@@ -274,9 +344,6 @@ DAMAGES = {
     "average-options": (lambda s: s["param_groups"][0].update(ema=[{"decay": 7}]), "decay: 7"),
     "prune-options": (lambda s: s["param_groups"][0].update(prune={"sparsity": 7}), "sparsity: 7"),
     "norm": (lambda s: s["param_groups"][0].update(max_grad_norm=-1.0), "max_grad_norm"),
-    "mask-period": (lambda s: s["state"][0].update(mask_period=0), "mask_period"),
-    "mask-inner": (lambda s: s["state"][0].update(mask_inner=0), "mask_inner"),
-    "mask-order": (lambda s: s["state"][0].update(mask_order=[5, "x"]), "mask_order"),
     "more-parameters": (lambda s: s["param_groups"][0]["params"].append(1), "group"),
 }
 
@@ -298,6 +365,7 @@ OF_ANOTHER_TYPE = {
     "group": (lambda s: s.update(param_groups=[3]), "group 0 is int"),
     "entry": (lambda s: s["state"].update({0: [1]}), "parameter 0 is list"),
     "step": (lambda s: s["state"][0].update(step="3"), "step.*str"),
+    "mask": (lambda s: s["state"][0].update(mask_keep=[True]), "mask_keep.*list"),
     "moment": (lambda s: s["state"][0].update(exp_avg=[1.0]), "exp_avg.*list"),
     "average": (lambda s: s["state"][0].update(ema_0="x"), "ema_0.*str"),
     "average-options": (lambda s: s["param_groups"][0].update(ema=7), "ema: 7"),

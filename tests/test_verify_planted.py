@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fuseopt
-from fuseopt import reference, rules, verify
+from fuseopt import reference, rules, select, verify
 from fuseopt.stages import clip, decay, ema, prune
 
 LR = 1e-2
@@ -71,21 +71,15 @@ def l1_before_the_threshold_shrinks_twice(patch):
 
 
 def norm_over_masked_entries(patch):
-    norm, gradient = clip.norm, reference.gradient
+    square, gradient = clip.square, reference.gradient
     raw = []
 
     def remember(p, grad, keep, gs):
         raw.append(gradient(p, grad, None, gs))
         return gradient(p, grad, keep, gs)
 
-    def wrong(gradients):
-        list(gradients)
-        total = norm(raw)
-        raw.clear()
-        return total
-
     patch.setattr(reference, "gradient", remember)
-    patch.setattr(clip, "norm", wrong)
+    patch.setattr(clip, "square", lambda free: square(raw.pop(0)))
 
 
 def clip_without_the_epsilon_of_torch(patch):
@@ -93,23 +87,25 @@ def clip_without_the_epsilon_of_torch(patch):
 
 
 def ties_from_the_end(patch):
-    smallest = prune.smallest
+    right = select.TorchRanker.prune
 
-    def wrong(weights, candidates, count):
-        flipped = smallest([w.flip(0) for w in weights], [c.flip(0) for c in candidates], count)
-        return [m.flip(0) for m in flipped]
+    def wrong(ranker, kth, quotas):
+        for key, free, quota in zip(ranker.keys, ranker.free, quotas.tolist(), strict=True):
+            tied = free & (key == kth)
+            free[tied & (tied.flatten().cumsum(0).reshape(tied.shape) <= tied.sum() - quota)] = False
+        right(ranker, kth, quotas)
 
-    patch.setattr(prune, "smallest", wrong)
+    patch.setattr(select.TorchRanker, "prune", wrong)
 
 
 def prunes_the_largest(patch):
-    smallest = prune.smallest
-    patch.setattr(prune, "smallest", lambda w, c, n: smallest([1 / x.double().abs() for x in w], c, n))
+    magnitudes = select.magnitudes
+    patch.setattr(select, "magnitudes", lambda p: magnitudes(1 / p.detach().abs()))
 
 
 def prunes_one_too_few(patch):
-    smallest = prune.smallest
-    patch.setattr(prune, "smallest", lambda w, c, n: smallest(w, c, max(n - 1, 0)))
+    kth_smallest = select.kth_smallest
+    patch.setattr(select, "kth_smallest", lambda count, *rest: kth_smallest(count - 1, *rest))
 
 
 def linear_for_cubic(patch):

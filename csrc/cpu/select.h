@@ -1,13 +1,22 @@
-// Pruning to an exact count: finds the k-th smallest magnitude and prunes up to it.
+// Pruning to an exact count, in the pieces that fuseopt/select.py puts together: between them, processes
+// that share the weights add up what they counted. All take a table whose tensors have `pruned` words.
+// A candidate is an entry neither frozen nor pruned; its magnitude |p| is that of p as fp32, and its key the
+// bits of that, which are ordered like the magnitudes (NaN above all).
 #pragma once
 
 #include "../tensor_table.h"
 
 namespace fuseopt {
 
-// Over a table whose tensors all have `pruned` words: of the entries that are neither frozen nor pruned,
-// prunes the `count` smallest by (|p| as fp32, tensor order, index): sets their bits, zeroes p and every
-// EMA, and the moments unless the group keeps them. False, with nothing changed, if there are fewer.
-bool prune_smallest(const TensorTable& table, int64_t count);
+// Adds to out[d] the candidates whose key has key >> (shift + width) == prefix and the digit d in the next
+// `width` bits.
+void count_digits(const TensorTable& table, uint32_t prefix, int shift, int width, int64_t* out);
+
+// out[i]: how many candidates of tensor i have the key kth.
+void count_ties(const TensorTable& table, uint32_t kth, int64_t* out);
+
+// Prunes the candidates below kth and, of those equal to it, the first quota[i] of tensor i: sets their
+// bits, zeroes p and every EMA, and the moments unless the group keeps them.
+void prune_up_to(const TensorTable& table, uint32_t kth, const int64_t* quota);
 
 }  // namespace fuseopt

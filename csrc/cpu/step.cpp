@@ -52,30 +52,21 @@ void store_counters(const TensorTable& table) {
     }
 }
 
-// The global L2 norm of the unscaled gradient over the entries that the step may change.
+// The global L2 norm, where the table holds the whole model.
 double grad_norm(const TensorTable& table) {
-  static thread_local std::vector<double> sums;
-  sums.assign(table.blocks.size(), 0.0);
-  double* out = sums.data();
-  for_each_block(table, [&](int b) {
-    const BlockView view(table, table.blocks[b]);
-    alignas(64) double lanes[kLanes] = {};
-    for (int64_t begin = 0; begin < view.n; begin += kTile) {
-      const Tile tile(view, begin);
-      kernels().grad_norm[view.t.storage](tile.span, lanes);
-    }
-    out[b] = add_lanes(lanes, view.n);
-  });
+  static thread_local std::vector<double> squares;
+  squares.resize(table.tensors.size());
+  grad_squares(table, squares.data());
   double total = 0;
-  for (double sum : sums) total += sum;  // in the order of the blocks
+  for (double square : squares) total += square;
   return std::sqrt(total);
 }
 
-void clip(TensorTable& table) {
+void clip(TensorTable& table, double norm) {
   const bool any = std::any_of(table.groups.begin(), table.groups.end(), [](const Group& g) { return g.max_grad_norm > 0; });
   for (Group& group : table.groups) group.stage.clip = 1;
   if (!any) return;
-  const double norm = grad_norm(table);
+  if (norm < 0) norm = grad_norm(table);
   for (Group& group : table.groups) {
     if (group.max_grad_norm <= 0) continue;
     const double factor = group.max_grad_norm / (norm + 1e-6);
@@ -125,38 +116,44 @@ void step_item(const TensorTable& table, int item) {
   }
 }
 
-struct BlockSums {
-  double grad, param, update;
-  int64_t zeros, nonfinite;
-};
-
-Statistics total(const std::vector<BlockSums>& blocks) {
-  Statistics s;
-  for (const BlockSums& b : blocks) {
-    s.grad_norm += b.grad, s.param_norm += b.param, s.update_norm += b.update;
-    s.zeros += b.zeros, s.nonfinite += b.nonfinite;
-  }
-  s.grad_norm = std::sqrt(s.grad_norm), s.param_norm = std::sqrt(s.param_norm), s.update_norm = std::sqrt(s.update_norm);
-  return s;
-}
-
 }  // namespace
 
-void step(TensorTable& table, Statistics* statistics) {
-  clip(table);
+void grad_squares(const TensorTable& table, double* out) {
+  static thread_local std::vector<double> sums;
+  sums.assign(table.blocks.size(), 0.0);
+  double* of_block = sums.data();
+  for_each_block(table, [&](int b) {
+    const BlockView view(table, table.blocks[b]);
+    alignas(64) double lanes[kLanes] = {};
+    for (int64_t begin = 0; begin < view.n; begin += kTile) {
+      const Tile tile(view, begin);
+      kernels().grad_norm[view.t.storage](tile.span, lanes);
+    }
+    of_block[b] = add_lanes(lanes, view.n);
+  });
+  std::fill(out, out + table.tensors.size(), 0.0);
+  for (size_t b = 0; b < sums.size(); ++b) out[table.blocks[b].tensor] += sums[b];  // in the order of the blocks
+}
+
+void step(TensorTable& table, double norm, Statistics* statistics) {
+  clip(table, norm);
   prepare_scalars(table);
   if (statistics) {
-    static thread_local std::vector<BlockSums> sums;
+    static thread_local std::vector<Statistics> sums;
     sums.resize(table.blocks.size());
-    BlockSums* out = sums.data();
+    Statistics* out = sums.data();
     for_each_block(table, [&](int b) {
       const BlockView view(table, table.blocks[b]);
       Sums lanes{};
       step_block(view, &lanes);
       out[b] = {add_lanes(lanes.grad, view.n), add_lanes(lanes.param, view.n), add_lanes(lanes.update, view.n),
-                lanes.zeros, lanes.nonfinite};
+                double(lanes.zeros), double(lanes.nonfinite)};
     });
-    *statistics = total(sums);
+    for (size_t b = 0; b < sums.size(); ++b) {
+      Statistics& of = statistics[table.blocks[b].tensor];
+      of.grad += sums[b].grad, of.param += sums[b].param, of.update += sums[b].update;
+      of.zeros += sums[b].zeros, of.nonfinite += sums[b].nonfinite;
+    }
   } else {
     for_each_item(table, [&](int i) { step_item(table, i); });
   }

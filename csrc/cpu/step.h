@@ -5,12 +5,17 @@
 
 namespace fuseopt {
 
+// Sums over one tensor: squares of the gradient that the rule saw before clipping, of the new parameter and
+// of its change; zeros in the parameter and non-finite entries in the gradient.
 struct Statistics {
-  double grad_norm = 0, param_norm = 0, update_norm = 0;
-  int64_t zeros = 0, nonfinite = 0;
+  double grad = 0, param = 0, update = 0, zeros = 0, nonfinite = 0;
 };
 
-// Updates everything in the table and its counters. `statistics` may be null.
-void step(TensorTable& table, Statistics* statistics);
+// out[i]: the sum of the squares of tensor i's unscaled gradient over the entries that the step may change.
+void grad_squares(const TensorTable& table, double* out);
+
+// Updates everything in the table and its counters. `norm`: of the whole model's gradient, where processes
+// share it; negative: the table holds it all. `statistics`: null, or one for each tensor.
+void step(TensorTable& table, double norm, Statistics* statistics);
 
 }  // namespace fuseopt

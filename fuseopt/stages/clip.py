@@ -1,15 +1,12 @@
 """Clipping by the global norm of the gradient (stage 4), as torch.nn.utils.clip_grad_norm_ scales it."""
 
-import math
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 
-def norm(gradients: Iterable[Tensor]) -> float:
-    """The L2 norm of all gradients together, summed in double."""
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+def square(g: Tensor) -> float:
+    """What a gradient contributes to the square of the norm, summed in double."""
+    return float(g.double().square().sum())
 
 
 def factor(max_grad_norm: float | None, total_norm: float) -> float:

@@ -2,7 +2,9 @@
 
 A mask is stored as packed bits without expanding it: element i of the parameter has bit
 (i // inner) % period. A row mask of an (R, C) matrix keeps R bits (period R, inner C), a column mask C
-bits, an element mask R*C.
+bits, an element mask R*C. "mask_shape" is the shape in which it was given. A checkpoint holds masks as
+boolean tensors, the user's in that shape, so that it depends neither on how they lie here nor on how many
+processes share the parameter.
 
 Note: order. Kernels walk memory, so bits must lie in the order of the parameter's memory, which changes
 with its memory format. "mask_order" in the state holds the dimensions from outermost to innermost as the
@@ -16,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import Parts, local, part, placed_alike, whole
+
 MODES = ("freeze", "grad")
-STATE_KEYS = ("mask_keep", "mask_period", "mask_inner", "mask_freeze")
+STATE_KEYS = ("mask_keep", "mask_period", "mask_inner", "mask_shape", "mask_freeze")
 BITS = ("mask_keep", "prune_mask")
 
 
@@ -80,6 +84,8 @@ def unfold(state: dict, p: Tensor) -> Tensor | None:
     """The user's mask of a parameter as a boolean tensor of its shape; None where it has none."""
     if "mask_keep" not in state:
         return None
+    if state["mask_keep"].dtype == torch.bool:
+        return state["mask_keep"].expand(p.shape)
     period, inner = state["mask_period"], state["mask_inner"]
     bits = unpack(state["mask_keep"], period)
     flat = bits.repeat_interleave(inner).repeat(max(1, p.numel() // max(1, period * inner)))[: p.numel()]
@@ -90,6 +96,8 @@ def pruned(state: dict, p: Tensor) -> Tensor | None:
     """Boolean tensor of the parameter's shape, True where pruned; None where there are no such bits."""
     if "prune_mask" not in state:
         return None
+    if state["prune_mask"].dtype == torch.bool:
+        return state["prune_mask"]
     return _unflatten(unpack(state["prune_mask"], p.numel()), p.shape, order_of(state, p)).to(p.device)
 
 
@@ -107,54 +115,134 @@ def reorder(state: dict, p: Tensor, order: list[int]) -> None:
         state["mask_order"] = order
     if zeros is not None:
         state["prune_mask"] = pack(_flatten(zeros, order))
-    if keep is not None:
+    if keep is not None and p.numel():
         bits, state["mask_period"], state["mask_inner"] = fold(keep, p.shape, order)
         state["mask_keep"] = pack(bits)
 
 
 def into_memory_order(state: dict, p: Tensor) -> None:
-    """Make the bits in a parameter's state what the kernels read: in the order of its memory, whole words."""
+    """Make the masks in a parameter's state what the kernels read: bits in the order of its memory, whole words.
+
+    Who writes a checkpoint's entries into the state himself, as ZeroRedundancyOptimizer does, leaves booleans.
+    """
+    if any(key in state and state[key].dtype == torch.bool for key in BITS):
+        restore(state, p, dict(state), {})
+    p = local(p)
     if any(key in state for key in BITS):
         aligned = all(state[key].data_ptr() % 4 == 0 for key in BITS if key in state)
         if not aligned or order_of(state, p) != memory_order(p):
             reorder(state, p, memory_order(p))
 
 
-def check_state(name: str, n: int, state: dict) -> None:
-    """Raise ValueError unless the packed bits in the state of a parameter of n entries fit it."""
-    bits = {"prune_mask": n} if "prune_mask" in state else {}
-    found = [key for key in STATE_KEYS if key in state]
-    if found and len(found) < len(STATE_KEYS):
-        missing = ", ".join(key for key in STATE_KEYS if key not in state)
-        raise ValueError(f"state of {name} has {', '.join(found)} but lacks {missing}; set it again with opt.mask")
-    if found:
-        bits["mask_keep"], inner = state["mask_period"], state["mask_inner"]
-        if n and n % (bits["mask_keep"] * inner):
-            raise ValueError(f"state 'mask_keep' of {name} does not fit its {n} entries; set it again with opt.mask")
-    for key, count in bits.items():
-        value = state[key]
-        if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.numel() < -(-count // 32) * 4:
-            raise ValueError(f"state {key!r} of {name} is not {count} packed bits (uint8); delete it to start afresh")
+def check_state(name: str, p: Tensor, state: dict) -> None:
+    """Raise ValueError unless the masks in the state of a parameter fit it, packed or as a checkpoint has them."""
+    masks = {key: state[key] for key in BITS if key in state}
+    booleans = [key for key, value in masks.items() if isinstance(value, Tensor) and value.dtype == torch.bool]
+    for key in booleans:
+        shape = masks.pop(key).shape
+        if len(shape) != p.dim() or any(a not in (1, b) for a, b in zip(shape, p.shape, strict=True)):
+            raise ValueError(f"state {key!r} of {name} has shape {tuple(shape)}, not {tuple(p.shape)}")
+    count = {"prune_mask": p.numel()}
+    if "mask_keep" in masks:
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing:
+            raise ValueError(f"state 'mask_keep' of {name} lacks {', '.join(missing)}; set it again with opt.mask")
+        count["mask_keep"] = period = state["mask_period"]
+        if period < 1 or state["mask_inner"] < 1 or p.numel() % (period * state["mask_inner"]):
+            raise ValueError(f"state 'mask_keep' of {name} does not fit its {p.numel()} entries; set it with opt.mask")
+    for key, value in masks.items():
+        n = count[key]
+        if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.numel() < -(-n // 32) * 4:
+            raise ValueError(f"state {key!r} of {name} is not {n} packed bits (uint8); delete it to start afresh")
 
 
-def new_state(p: Tensor, keep: Tensor, mode: str, name: str, order: list[int]) -> dict:
-    """The state entries of a mask, its bits in this order of the dimensions.
+def given(state: dict, p: Tensor) -> Tensor:
+    """The user's mask, of size 1 in the dimensions in which it was given so."""
+    shape = state["mask_shape"]
+    if not p.numel():
+        own = [p.shape[d] if size > 1 else 1 for d, size in enumerate(shape)]
+        return unpack(state["mask_keep"], math.prod(own)).reshape(own)
+    keep = unfold(state, p)
+    for d, size in enumerate(shape):
+        keep = keep.narrow(d, 0, 1) if size == 1 else keep
+    return keep.contiguous()  # not a view that would save all of it
 
-    Raises TypeError or ValueError on a mask that cannot be meant.
-    """
-    if mode not in MODES:
-        raise ValueError(f"mask of {name}: mode {mode!r} is unknown; use 'freeze' or 'grad'")
+
+def check_keep(shape: torch.Size, keep: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError unless `keep` is a boolean tensor that broadcasts to a shape."""
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
         found = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
         raise TypeError(f"mask of {name}: keep is {found}; give a boolean tensor, True where it may change")
     try:
-        fits = torch.broadcast_shapes(keep.shape, p.shape) == p.shape
+        fits = torch.broadcast_shapes(keep.shape, shape) == shape
     except RuntimeError:
         fits = False
     if not fits:
         raise ValueError(
             f"mask of {name}: keep has shape {tuple(keep.shape)}, which does not broadcast to the "
-            f"parameter's {tuple(p.shape)}; add axes, as in keep[:, None] for rows"
+            f"parameter's {tuple(shape)}; add axes, as in keep[:, None] for rows"
         )
-    bits, period, inner = fold(keep, p.shape, order)
-    return {"mask_keep": pack(bits), "mask_period": period, "mask_inner": inner, "mask_freeze": mode == "freeze"}
+
+
+def check_mode(mode: str, name: str) -> None:
+    """Raise ValueError for an unknown mode."""
+    if mode not in MODES:
+        raise ValueError(f"mask of {name}: mode {mode!r} is unknown; use 'freeze' or 'grad'")
+
+
+def replace(state: dict, p: Tensor, keep: Tensor | None, freeze: bool) -> None:
+    """Give a parameter's state the mask `keep`, which broadcasts to the whole of it, or None."""
+    for key in STATE_KEYS:
+        state.pop(key, None)
+    if keep is None:
+        return
+    here = local(p)
+    keep = keep.reshape([1] * (p.dim() - keep.dim()) + list(keep.shape))
+    own = part(p, keep)
+    bits, period, inner = fold(own, here.shape, order_of(state, here))
+    if not here.numel():  # a process may hold no entry of a parameter and yet has to save its mask
+        bits = own.reshape(-1) if own.numel() else torch.ones(1, dtype=torch.bool)
+        period, inner = bits.numel(), 1
+    state["mask_keep"], state["mask_period"], state["mask_inner"] = pack(bits), period, inner
+    state["mask_shape"], state["mask_freeze"] = list(keep.shape), freeze
+
+
+def entries(state: dict) -> dict:
+    """The entries of the user's mask in a parameter's state."""
+    return {key: state[key] for key in (*STATE_KEYS, "mask_order") if key in state}
+
+
+def saved(state: dict, p: Tensor, prunable: bool) -> dict:
+    """A parameter's state as a checkpoint holds it: masks as boolean tensors of the whole parameter.
+
+    What is prunable has its mask from the first checkpoint on: to load in place, as
+    torch.distributed.checkpoint does, the same entries must be there before and after pruning began.
+    """
+    out = {key: value for key, value in state.items() if key not in (*STATE_KEYS, *BITS, "mask_order")}
+    here = local(p)
+    if prunable or "prune_mask" in state:
+        zeros = pruned(state, here)
+        zeros = torch.zeros(here.shape, dtype=torch.bool, device=here.device) if zeros is None else zeros
+        out["prune_mask"] = whole(p, zeros, set(range(p.dim())))
+    if "mask_keep" in state:
+        split = {d for d, size in enumerate(state["mask_shape"]) if size > 1}
+        out["mask_keep"], out["mask_freeze"] = whole(p, given(state, here), split), state["mask_freeze"]
+    return out
+
+
+def restore(state: dict, p: Tensor, saved: dict, own: dict) -> None:
+    """Put the masks of a checkpoint into the state of a parameter: the inverse of `saved`.
+
+    own: the `entries` of the mask that it had before, for a checkpoint without one.
+    """
+    for key in (*BITS, "mask_freeze"):
+        state.pop(key, None)
+    if "mask_keep" in saved:
+        replace(state, p, saved["mask_keep"].bool(), bool(saved["mask_freeze"]))
+    else:
+        state.update(own)
+    if "prune_mask" in saved:
+        zeros, here = saved["prune_mask"], local(p)
+        zeros = (local(zeros) if placed_alike(p, zeros) else part(p, zeros)).bool()
+        if Parts([p]).total(lambda _: zeros.sum()):
+            state["prune_mask"] = pack(_flatten(zeros, order_of(state, here)))

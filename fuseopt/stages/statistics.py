@@ -7,33 +7,36 @@ which pruning selects, they are of the pass before the selection.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+WIDTH = 5  # of a row
 
-class Sums:
-    """The reference: sums in double over the parameters given to `add`."""
 
-    def __init__(self):
-        self.grad = self.param = self.update = 0.0
-        self.zeros = self.nonfinite = 0
+def row(g: Tensor, before: Tensor, after: Tensor) -> tuple[float, ...]:
+    """The sums of one parameter, in double: the reference.
 
-    def add(self, g: Tensor, before: Tensor, after: Tensor) -> None:
-        """g: the gradient the rule saw, before clipping; before, after: the parameter. Equal shapes."""
-        g, before, after = g.double(), before.double(), after.double()
-        self.grad += float(g.square().sum())
-        self.param += float(after.square().sum())
-        self.update += float((after - before).square().sum())
-        self.zeros += int((after == 0).sum())
-        self.nonfinite += int((~torch.isfinite(g)).sum())
+    g: the gradient the rule saw, before clipping; before, after: the parameter. Equal shapes.
+    """
+    g, before, after = g.double(), before.double(), after.double()
+    return (
+        float(g.square().sum()),
+        float(after.square().sum()),
+        float((after - before).square().sum()),
+        float((after == 0).sum()),
+        float((~torch.isfinite(g)).sum()),
+    )
 
-    def result(self) -> dict[str, float]:
-        """The mapping that `opt.statistics()` returns."""
-        return {
-            "grad_norm": math.sqrt(self.grad),
-            "param_norm": math.sqrt(self.param),
-            "update_norm": math.sqrt(self.update),
-            "zeros": self.zeros,
-            "nonfinite": self.nonfinite,
-        }
+
+def result(total: Sequence[float]) -> dict[str, float]:
+    """The mapping that `opt.statistics()` returns, of the total of the rows."""
+    grad, param, update, zeros, nonfinite = map(float, total)
+    return {
+        "grad_norm": math.sqrt(grad),
+        "param_norm": math.sqrt(param),
+        "update_norm": math.sqrt(update),
+        "zeros": int(zeros),
+        "nonfinite": int(nonfinite),
+    }

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..distributed import is_dtensor
 from . import judge, recipe
 from .entry import Entry
 from .live import StepFacts, differ, flat, live_streams
@@ -32,7 +33,7 @@ def attach(opt: torch.optim.Optimizer, every: int = 1) -> "Checker":
             takes every step all the same.
 
     Nothing of `opt` is changed; its weights, its state and a few passes over them are the cost. Raises
-    TypeError for an optimizer without a recipe, ValueError for every < 1.
+    TypeError for an optimizer without a recipe, ValueError for every < 1 or parameters that processes share.
     """
     return Checker(opt, every)
 
@@ -43,6 +44,8 @@ class Checker:
     def __init__(self, opt: torch.optim.Optimizer, every: int):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"Invalid every: {every!r}; give a whole number of steps, at least 1")
+        if opt.defaults.get("sharded") or any(is_dtensor(p) for group in opt.param_groups for p in group["params"]):
+            raise ValueError("verify cannot check parameters that processes share; attach it in a run of one process")
         self.opt, self.every, self.kind = opt, every, kind_of(opt)
         self._tally, self._notes = Tally(), []
         self._seen = self._steps = self._trajectory_steps = self._skipped = 0

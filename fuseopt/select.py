@@ -1,0 +1,208 @@
+"""Pruning to a sparsity: which weights go. Processes agree on it by adding up histograms, never weights.
+
+The k-th smallest magnitude is found digit by digit (radix select on the bits of |p| as fp32). Of the entries
+equal to it the first go, by (parameter order, flat row-major index); where processes share a parameter and
+only some of its ties go, the last one is found in the same way on the flat index.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .checks import name_of
+from .distributed import Parts, indices, is_dtensor, local, local_state
+from .plan import GroupStep, Step, frozen, prunable
+from .stages import mask
+
+Members = list[tuple[GroupStep, Tensor]]
+
+
+@dataclass
+class Selection:
+    """Parameters that are ranked together, and the share of their entries that is pruned afterwards."""
+
+    members: Members
+    sparsity: float
+    parts: Parts
+
+
+class Ranker(Protocol):
+    """What a backend does for some members. A candidate is an entry neither frozen nor pruned."""
+
+    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
+        """Candidates by digit: of the magnitudes m with m >> (shift + width) == prefix, m >> shift, `width` bits."""
+        ...
+
+    def ties(self, kth: int) -> Tensor:
+        """The number of candidates with magnitude kth, for each member."""
+        ...
+
+    def prune(self, kth: int, quotas: Tensor) -> None:
+        """Prune the candidates below kth, and of those equal to it the first quotas[i] of member i."""
+        ...
+
+
+def selections(opt, step: Step) -> list[Selection]:
+    """What prunes at this step: the parameters of all groups whose options are equal, or each tensor alone."""
+    found: list[tuple[dict, Selection]] = []
+    for gs in step.groups:
+        if gs.sparsity is None:
+            continue
+        members = [(gs, p) for p in prunable(gs)]
+        options = gs.group["prune"]
+        alike = next((selection for seen, selection in found if seen == options), None)
+        if options["scope"] == "tensor":
+            found += [(options, Selection([member], gs.sparsity, Parts([member[1]]))) for member in members]
+        elif alike is None:
+            found.append((options, Selection(members, gs.sparsity, None)))
+        else:
+            alike.members += members
+    for _, selection in found:
+        selection.parts = selection.parts or Parts([p for _, p in selection.members], opt.defaults["sharded"])
+    return [selection for _, selection in found if selection.parts.members]
+
+
+def candidates(opt, p: Tensor) -> Tensor:
+    """Boolean tensor over p's entries on this process: True where neither frozen nor pruned."""
+    state, p = opt.state.get(p, {}), local(p)
+    free = torch.ones(p.shape, dtype=torch.bool, device=p.device)
+    for held in (mask.pruned(state, p), frozen(state, p)):
+        free = free if held is None else free & ~held
+    return free
+
+
+def magnitudes(p: Tensor) -> Tensor:
+    """|p| as fp32, as the integers of the same order (NaN last), of p's entries on this process."""
+    return local(p).detach().float().abs().contiguous().view(torch.int32)
+
+
+def _counts(opt, selection: Selection) -> list[int]:
+    """[entries, pruned ones, candidates] of a selection on all processes."""
+
+    def count(members: list[int]) -> Tensor:
+        total = torch.zeros(3, dtype=torch.int64)
+        for k in members:
+            p = selection.members[k][1]
+            pruned = mask.pruned(opt.state.get(p, {}), local(p))
+            held = 0 if pruned is None else int(pruned.sum())
+            total += torch.tensor([local(p).numel(), held, int(candidates(opt, p).sum())])
+        return total
+
+    return selection.parts.total(count).tolist()
+
+
+def check_enough(opt, selection: Selection) -> None:
+    """Raise ValueError if the sparsity asks for more entries than are not frozen."""
+    n, pruned, free = _counts(opt, selection)
+    target = round(selection.sparsity * n)
+    if target > free + pruned:
+        where = "the prunable parameters" if len(selection.members) > 1 else name_of(opt, selection.members[0][1])
+        raise ValueError(
+            f"sparsity {selection.sparsity:g} of {where} asks to prune {target} of {n} entries, but masks freeze "
+            f"all but {free + pruned}; lower the sparsity, or put frozen parameters in a group with prune=None"
+        )
+
+
+def kth_smallest(count: int, widths: list[int], histogram: Callable[[int, int, int], Tensor]) -> tuple[int, int]:
+    """(the count-th smallest key, its rank among the keys equal to it), count from 1.
+
+    histogram(prefix, shift, width): how many keys with key >> (shift + width) == prefix have each value of
+    the next `width` bits. widths: of the digits, the highest first.
+    """
+    key, shift = 0, sum(widths)
+    for width in widths:
+        shift -= width
+        running = histogram(key, shift, width).cumsum(0)
+        if count > int(running[-1]):
+            raise RuntimeError("fuseopt found fewer entries to prune than its checks did; please report this")
+        digit = int(torch.searchsorted(running, count))
+        count -= int(running[digit - 1]) if digit else 0
+        key = key << width | digit
+    return key, count
+
+
+def prune(opt, selection: Selection, make_ranker: Callable[[Members], Ranker]) -> None:
+    """Zero the smallest of the new weights, their moments and averages, until the sparsity is reached."""
+    parts = selection.parts
+    n, pruned, _ = _counts(opt, selection)
+    count = round(selection.sparsity * n) - pruned
+    if count <= 0:
+        return
+    rankers = {tuple(m): make_ranker([selection.members[k] for k in m]) for m in parts.members.values()}
+    kth, rank = kth_smallest(
+        count, [16, 15], lambda *digit: parts.total(lambda members: rankers[tuple(members)].histogram(*digit))
+    )
+    ties = torch.zeros(len(selection.members), dtype=torch.int64)
+    for members, ranker in rankers.items():
+        ties[list(members)] = ranker.ties(kth)
+    quotas = _quotas(opt, selection, ties, kth, rank)
+    for members, ranker in rankers.items():
+        ranker.prune(kth, quotas[list(members)])
+
+
+def _quotas(opt, selection: Selection, ties: Tensor, kth: int, rank: int) -> Tensor:
+    """How many of each member's ties on this process are among the first `rank` of all."""
+    total = selection.parts.each(ties)
+    rank -= selection.parts.before(ties.sum())
+    chosen = (rank - (total.cumsum(0) - total)).clamp(min=0).minimum(total)
+    quotas = torch.where(chosen == total, ties, chosen)
+    for k in ((chosen > 0) & (chosen < total)).nonzero().flatten().tolist():  # one at most
+        p = selection.members[k][1]
+        if is_dtensor(p):
+            quotas[k] = _first_here(p, candidates(opt, p) & (magnitudes(p) == kth), int(chosen[k]))
+    return quotas
+
+
+def _first_here(p: Tensor, tied: Tensor, count: int) -> Tensor:
+    """How many of the entries `tied` on this process are among the first `count` of the whole parameter."""
+    index = torch.zeros(int(tied.sum()), dtype=torch.int64)
+    for d, position in enumerate(tied.nonzero(as_tuple=True)):
+        index = index * p.shape[d] + indices(p, d)[position].cpu()
+    parts = Parts([p])
+    widths = [16] * -(-p.numel().bit_length() // 16)
+
+    def histogram(prefix: int, shift: int, width: int) -> Tensor:
+        digits = (index[index >> (shift + width) == prefix] >> shift) & ((1 << width) - 1)
+        return parts.total(lambda _: torch.bincount(digits, minlength=1 << width))
+
+    last, _ = kth_smallest(count, widths, histogram)
+    return (index <= last).sum()
+
+
+class TorchRanker:
+    """Ranks with torch operations; also for parameters whose memory is not row-major."""
+
+    def __init__(self, opt, members: Members):
+        self.opt, self.members = opt, members
+        self.keys = [magnitudes(p) for _, p in members]
+        self.free = [candidates(opt, p) for _, p in members]
+
+    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
+        total = torch.zeros(1 << width, dtype=torch.int64)
+        for key, free in zip(self.keys, self.free, strict=True):
+            digits = (key[free & (key >> (shift + width) == prefix)] >> shift) & ((1 << width) - 1)
+            total += torch.bincount(digits, minlength=1 << width).cpu()
+        return total
+
+    def ties(self, kth: int) -> Tensor:
+        counts = [int((free & (key == kth)).sum()) for key, free in zip(self.keys, self.free, strict=True)]
+        return torch.tensor(counts, dtype=torch.int64)
+
+    @torch.no_grad()
+    def prune(self, kth: int, quotas: Tensor) -> None:
+        for (gs, p), key, free, quota in zip(self.members, self.keys, self.free, quotas.tolist(), strict=True):
+            tied = free & (key == kth)
+            first = (tied.flatten().cumsum(0) <= quota).reshape(tied.shape) & tied
+            _zero(local_state(self.opt.state[p]), gs, local(p), free & (key < kth) | first)
+
+
+def _zero(state: dict, gs: GroupStep, p: Tensor, new: Tensor) -> None:
+    """Prune the entries `new` of a parameter."""
+    mask.set_pruned(state, p, mask.pruned(state, p) | new)
+    p.masked_fill_(new, 0.0)
+    for key in gs.emas if gs.stage["keep_moments"] else gs.slots + gs.emas:
+        if key in state:
+            state[key].masked_fill_(new, 0.0)

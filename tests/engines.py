@@ -1,0 +1,171 @@
+"""What test_engines.py runs under torch's own distributed engines; in a module that workers can import."""
+
+import copy
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import fuseopt
+from fuseopt import EMA, Prune
+
+FULL = {
+    "lr": 0.01,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "ema": EMA(0.9, warmup="timm"),
+    "prune": Prune(0.7, begin=2, end=6, every=2),
+}
+
+
+def network() -> nn.Module:
+    """Layers that no 3 or 4 processes divide evenly, and a last one of a single row."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 14), nn.ReLU(), nn.Linear(14, 10), nn.ReLU(), nn.Linear(10, 1))
+
+
+def batch(t: int) -> torch.Tensor:
+    """The same on every process, so that averaging over them changes nothing."""
+    return torch.randn(12, 6, generator=torch.Generator().manual_seed(100 + t))
+
+
+def train(model: nn.Module, opt, steps: range) -> None:
+    for t in steps:
+        opt.zero_grad()
+        model(batch(t)).square().mean().backward()
+        opt.step()
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def weights(model: nn.Module) -> dict:
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def shard_in_two_dimensions(model: nn.Module) -> nn.Module:
+    """Tensor parallel by FSDP2: the rows of a layer are cut by both, in the other order."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return fully_shard(model, mesh=mesh["data"])
+
+
+def shard_in_bf16(model: nn.Module) -> nn.Module:
+    """Parameters in fp32, everything computed in bf16."""
+    return fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32))
+
+
+ENGINES = {
+    "one process": lambda model: model,
+    "ddp": DistributedDataParallel,
+    "ddp, gradients in buckets": lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
+    "fsdp2": fully_shard,
+    "fsdp2 in bf16": shard_in_bf16,
+    "tensor parallel and fsdp2": shard_in_two_dimensions,
+}
+
+
+def ours_beside_torchs(engine: str) -> list[dict]:
+    """Weights after five steps of ours, and of torch's fused, from the same gradients."""
+    found = []
+    for cls, options in ((fuseopt.AdamW, {}), (torch.optim.AdamW, {"fused": True})):
+        model = ENGINES[engine](network())
+        train(model, cls(model.parameters(), lr=0.01, weight_decay=0.1, **options), range(5))
+        found.append(weights(model))
+    return found
+
+
+def with_everything(engine: str) -> dict:
+    """Weights, averages and pruned entries after eight steps with a mask, clipping, an average and pruning."""
+    model = ENGINES[engine](network())
+    opt = fuseopt.AdamW(model.parameters(), **FULL)
+    first = next(model.parameters())
+    opt.mask(first, torch.arange(14)[:, None] % 4 > 0)
+    train(model, opt, range(8))
+    params = list(model.parameters())
+    with opt.swap_ema():
+        averages = [whole(p.detach()).clone() for p in params]
+    other = network()
+    opt_of_names = fuseopt.AdamW(model.named_parameters(), ema=EMA(0.5))
+    train(model, opt_of_names, range(1))
+    if "ddp" not in engine:  # which calls the parameters by other names
+        opt_of_names.copy_ema_to(other)
+    copied = [p.detach() for p in other.parameters()]
+    pruned = [whole(opt.prune_mask(p)) for p in params]
+    return {"averages": averages, "pruned": pruned, "copied": copied, "bytes": opt.explain().bytes_per_step}
+
+
+def zero_redundancy(sharded: bool) -> dict:
+    """ZeroRedundancyOptimizer, whose processes each step whole parameters of their own; or one process alone."""
+    model = network()
+    if not sharded:
+        train(model, fuseopt.AdamW(model.parameters(), **FULL), range(8))
+        return weights(model)
+    model = DistributedDataParallel(model)
+    opt = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=fuseopt.AdamW, sharded=True, **FULL)
+    train(model, opt, range(5))
+    opt.consolidate_state_dict(to=0)
+    saved = [copy.deepcopy(opt.state_dict()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(saved, src=0)
+    opt.load_state_dict(saved[0])
+    train(model, opt, range(5, 8))
+    return weights(model.module)
+
+
+def saved_after(steps: int, folder: str | None, sharded: bool) -> dict:
+    """Trains, saves into `folder` with torch.distributed.checkpoint half-way, goes on; the final weights."""
+    import torch.distributed.checkpoint as dcp
+
+    model, opt = model_to_save(sharded)
+    train(model, opt, range(steps))
+    if folder:
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    train(model, opt, range(steps, 2 * steps))
+    return final(model, opt)
+
+
+def model_to_save(sharded: bool):
+    model = fully_shard(network()) if sharded else network()
+    named = list(model.named_parameters())
+    opt = fuseopt.AdamW([{"params": named[:3]}, {"params": named[3:], "lr": 0.02}], **FULL | {"max_grad_norm": None})
+    opt.mask("0.weight", torch.arange(14)[:, None] % 4 > 0)
+    opt.mask("2.weight", torch.arange(14)[None, :] % 3 > 0, mode="grad")
+    return model, opt
+
+
+def resumed_from(folder: str, steps: int, sharded: bool) -> dict:
+    """A new process group loads what `saved_after` wrote, and goes on."""
+    import torch.distributed.checkpoint as dcp
+
+    model, opt = model_to_save(sharded)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", module="torch")
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    train(model, opt, range(steps, 2 * steps))
+    return final(model, opt)
+
+
+def final(model: nn.Module, opt) -> dict:
+    found = weights(model)
+    for name, p in model.named_parameters():
+        found[name + " pruned"] = whole(opt.prune_mask(p))
+        for key in ("exp_avg", "exp_avg_sq", "ema_0", "step"):
+            found[f"{name} {key}"] = whole(opt.state[p][key])
+    found["steps"] = opt.param_groups[0]["steps"]
+    return found
