@@ -101,8 +101,12 @@ class Parts:
     def __init__(self, params: list[Tensor], sharded: Any = False):
         self.params, self.sharded = params, sharded
         self.members: dict[tuple, list[int]] = {groups(None, sharded): []} if sharded else {}
+        known = {}  # looking a mesh's groups up takes several microseconds
         for k, p in enumerate(params):
-            self.members.setdefault(groups(p, sharded), []).append(k)
+            place = (id(p.device_mesh), p.placements) if is_dtensor(p) else None
+            if place not in known:
+                known[place] = groups(p, sharded)
+            self.members.setdefault(known[place], []).append(k)
 
     def _reduce(self, x: Tensor, over: tuple, k: int | None = None) -> Tensor:
         if over and self.params:

@@ -169,3 +169,20 @@ def final(model: nn.Module, opt) -> dict:
             found[f"{name} {key}"] = whole(opt.state[p][key])
     found["steps"] = opt.param_groups[0]["steps"]
     return found
+
+
+def overflow_on_one_process(cls) -> list[tuple]:
+    """(scale, weights of the first layer) after steps of which the second overflows on process 1 alone."""
+    model = fully_shard(network())
+    opt = cls(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    found = []
+    for t in range(3):
+        opt.zero_grad()
+        scaler.scale(model(batch(t)).square().mean()).backward()
+        if t == 1 and dist.get_rank() == 1:
+            next(model.parameters()).grad.to_local()[0, 0] = float("inf")
+        scaler.step(opt)
+        scaler.update()
+        found.append((scaler.get_scale(), weights(model)["0.weight"]))
+    return found

@@ -11,6 +11,9 @@ import engines
 from ranks import on_ranks
 from torch import Tensor
 
+import fuseopt
+
+CLASSES = (fuseopt.AdamW, torch.optim.AdamW)
 RUNS = [
     ("ddp", 2),
     ("ddp, gradients in buckets", 2),
@@ -89,3 +92,11 @@ def assert_same(found: dict, expected: dict, exact: bool) -> None:
             assert_close(found[key], value, key)
         else:
             assert found[key] == value, key
+
+
+def test_an_overflow_on_one_process_skips_the_step_on_all():
+    for ours, torchs in zip(*(on_ranks(2, engines.overflow_on_one_process, c) for c in CLASSES), strict=True):
+        for (scale, w), (expected, v) in zip(ours, torchs, strict=True):
+            assert scale == expected
+            assert_close(w, v, "weights")
+        assert torch.equal(ours[0][1], ours[1][1]) and not torch.equal(ours[1][1], ours[2][1])
