@@ -35,7 +35,7 @@ def train(optimizer_class=fuseopt.AdamW, **options):
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
     model = get_peft_model(base_model(), lora)
     adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = optimizer_class(adapters, lr=2e-2, weight_decay=0.01, **options)
+    optimizer = optimizer_class(adapters, lr=2e-2, weight_decay=0.1, **options)
     losses = []
     for step in range(STEPS):
         loss = model(**batch(step)).loss

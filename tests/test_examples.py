@@ -1,0 +1,139 @@
+"""Every script of examples/ runs, trains as torch's optimizer does, and resumes where it says so."""
+
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; a test that tries fails at once
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+REL = 1e-4  # of each loss over the run, against torch's optimizer
+
+# What a script imports beside torch and fuseopt.
+NEEDS = {
+    "nanogpt_loop": (),
+    "hf_trainer": ("transformers", "accelerate"),
+    "hf_accelerate": ("accelerate",),
+    "hf_peft": ("transformers", "peft"),
+    "hf_trl": ("transformers", "accelerate", "datasets", "trl"),
+    "lightning_ema": ("lightning",),
+}
+
+# The losses of a script's run with another optimizer.
+LOSSES = {
+    "nanogpt_loop": lambda script, cls: script["train"](cls),
+    "hf_trainer": lambda script, cls: script["train"](script["by_class"]("by_class", cls)),
+    "hf_accelerate": lambda script, cls: script["train"](cls),
+    "hf_peft": lambda script, cls: script["train"](cls)[2],
+    "hf_trl": lambda script, cls: script["train"](cls),
+    "lightning_ema": lambda script, cls: script["train"](optimizer_class=cls)[0].losses,
+}
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """A folder of its own, and the seeds and accelerate's global state as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets them
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    with torch.random.fork_rng():
+        yield
+    accelerate = pytest.importorskip("accelerate.state") if "accelerate" in sys.modules else None
+    if accelerate:
+        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def load(name, run_name="loaded"):
+    """The names that a script defines; with "__main__", after it has run."""
+    for package in NEEDS[name]:
+        pytest.importorskip(package, reason=f"{name}.py needs {package}")
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=run_name)
+
+
+def assert_same(ours, theirs):
+    assert ours == pytest.approx(theirs, rel=REL)
+    assert abs(theirs[-1] - theirs[0]) > 100 * REL * theirs[0]  # the optimizer was at work
+
+
+def test_every_script_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS) == set(LOSSES)
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_runs_and_trains_as_torch(name, capsys):
+    script = load(name, "__main__")
+    said = re.search(r"loss ([\d.]+) -> ([\d.]+)", capsys.readouterr().out)
+    assert said and float(said[2]) < float(said[1])
+    assert_same(script["losses"], LOSSES[name](script, torch.optim.AdamW))
+
+
+def test_trainer_takes_an_instance():
+    script = load("hf_trainer")
+    ours = script["train"](script["by_instance"]("ours"))
+    assert_same(ours, script["train"](script["by_instance"]("theirs", torch.optim.AdamW)))
+
+
+def test_trainer_makes_its_own_groups():
+    trainer = load("hf_trainer")["by_class"]("run")
+    decayed, others = trainer.create_optimizer().param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    assert others["params"] and all("norm" in names[p] for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+@pytest.mark.parametrize("way", ["by_class", "by_instance"])
+def test_trainer_resumes(way):
+    script = load("hf_trainer")
+    ema = script["fuseopt"].EMA(0.9)
+    whole = script[way]("run", ema=ema)
+    losses = script["train"](whole)
+    resumed = script[way]("again", ema=ema)
+    assert script["train"](resumed, "run/checkpoint-6") == losses
+    assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+    assert_same_state(resumed.optimizer, whole.optimizer)
+
+
+def assert_same_state(a, b):
+    """Bit for bit, averages included."""
+    a, b = a.state_dict()["state"], b.state_dict()["state"]
+    assert a.keys() == b.keys() and all("ema_0" in state for state in a.values())
+    for k in a:
+        assert a[k].keys() == b[k].keys()
+        assert all(torch.equal(a[k][key], b[k][key]) for key in a[k])
+
+
+@pytest.mark.parametrize("first, then", [("torch", "fuseopt"), ("fuseopt", "torch")])
+def test_trainer_resumes_from_the_other_optimizers_checkpoint(first, then):
+    script = load("hf_trainer")
+    classes = {"torch": torch.optim.AdamW, "fuseopt": script["fuseopt"].AdamW}
+    losses = script["train"](script["by_class"]("run", classes[first]))
+    assert_same(script["train"](script["by_class"]("again", classes[then]), "run/checkpoint-6"), losses)
+
+
+def test_accelerate_resumes():
+    train = load("hf_accelerate")["train"]
+    losses = train(folder="state")
+    assert train(folder="state", resume=True) == losses[len(losses) // 2 :]
+
+
+def test_nanogpt_loop_resumes():
+    train = load("nanogpt_loop")["train"]
+    losses = train(checkpoint="half.pt")
+    assert train(checkpoint="half.pt", resume=True) == losses[len(losses) // 2 :]
+
+
+def test_peft_steps_and_averages_adapters_alone():
+    script = load("hf_peft")
+    model, optimizer, _ = script["train"](ema=script["fuseopt"].EMA(0.8))
+    stepped = [name for name, p in model.named_parameters() if p in optimizer.state]
+    assert stepped and all("lora_" in name for name in stepped)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with optimizer.swap_ema():
+        changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == stepped
