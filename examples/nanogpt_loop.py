@@ -64,10 +64,11 @@ def batch(step):
     return rows[:, :-1], rows[:, 1:]
 
 
-def train(optimizer_class=fuseopt.AdamW, checkpoint=None, resume=False):
-    """The loss of every step. `checkpoint`: a file to write half-way, or to go on from."""
+def train(optimizer_class=fuseopt.AdamW, checkpoint=None, resume=False, scale=False):
+    """The loss of every step. `checkpoint`: a file to write half-way, or to go on from; `scale`: as for fp16."""
     torch.manual_seed(1337)
     model = GPT()
+    scaler = torch.amp.GradScaler("cpu", enabled=scale)
     optimizer = configure_optimizer(model, optimizer_class)
     first = 0
     if resume:
@@ -83,9 +84,11 @@ def train(optimizer_class=fuseopt.AdamW, checkpoint=None, resume=False):
             group["lr"] = learning_rate(step)
         torch.manual_seed(step)  # of dropout, so that a resumed run draws the same
         loss = model(*batch(step))
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
     return losses

@@ -63,7 +63,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Remade on demand after unpickling or deepcopy, which keep defaults, state and groups alone.
     _stage_defaults: dict | None = None
     _table = None
-    _statistics: Mapping | None = None
     _valid: list | None = None  # the groups' stage options when they were last validated
     _swapped = False
 
@@ -140,6 +139,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        # Not a class attribute: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
+        self.__dict__.setdefault("_statistics", None)
         for group in self.param_groups:
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:

@@ -1,6 +1,7 @@
 """Fixtures: nothing that a test sets in the process outlives it."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a shared machine
 
@@ -30,3 +31,11 @@ def native():
     _C.set_instruction_set(chosen)
     _C.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, *torch_abi.find())
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def accelerate_afresh():
+    """accelerate keeps one state for the process, which the first Accelerator settles; none outlives the test."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)

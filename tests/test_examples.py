@@ -3,7 +3,6 @@
 import os
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,16 +35,13 @@ LOSSES = {
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    """A folder of its own, and the seeds and accelerate's global state as they were."""
+def alone(tmp_path, monkeypatch, accelerate_afresh):
+    """A folder of its own, and the seeds as they were."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets them
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     with torch.random.fork_rng():
         yield
-    accelerate = pytest.importorskip("accelerate.state") if "accelerate" in sys.modules else None
-    if accelerate:
-        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def load(name, run_name="loaded"):
@@ -126,6 +122,11 @@ def test_nanogpt_loop_resumes():
     train = load("nanogpt_loop")["train"]
     losses = train(checkpoint="half.pt")
     assert train(checkpoint="half.pt", resume=True) == losses[len(losses) // 2 :]
+
+
+def test_nanogpt_loop_with_a_gradient_scaler():
+    train = load("nanogpt_loop")["train"]
+    assert_same(train(scale=True), train(torch.optim.AdamW, scale=True))
 
 
 def test_peft_steps_and_averages_adapters_alone():
