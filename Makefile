@@ -65,6 +65,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	fi
 	$(PIP) install -c $(VENV)/constraints.txt setuptools pybind11 ninja
 	FUSEOPT_NATIVE=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[finetune,test]'
+	$(PIP) install -c $(VENV)/constraints.txt --no-deps timm  # it would add torchvision; its optimizers do without
 	@touch $@
 
 # ninja compiles only what changed. Without a compiler this says so, the torch reference does the work, and the

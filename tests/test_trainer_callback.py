@@ -102,9 +102,10 @@ def test_trainer_has_its_own_weights_after_a_failed_evaluation(tmp_path):
         return {}
 
     trainer, _ = hf_trainer(tmp_path, metrics=metrics)
-    with pytest.raises(ArithmeticError, match="planted"):
+    with pytest.raises(ArithmeticError, match="planted") as held:
         trainer.train()
     optimizer = unwrap(trainer.optimizer)
+    assert held.tb  # it keeps the frames alive: the swap was left, not collected as garbage
     assert same(failed[0], average(optimizer))  # it failed inside
     assert not optimizer._swapped and not same(trainer.model.parameters(), average(optimizer))
     trainer.train()  # and goes on
