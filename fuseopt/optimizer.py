@@ -5,6 +5,7 @@ in double) -> backends (compiled pass or torch reference) -> pruning, if this st
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypedDict
@@ -59,12 +60,26 @@ class FusedOptimizer(torch.optim.Optimizer):
     Gradients are read, never written. A rule provides kernel, slots, counters, hyper, update.
     """
 
-    _step_supports_amp_scaling = True
     # Remade on demand after unpickling or deepcopy, which keep defaults, state and groups alone.
     _stage_defaults: dict | None = None
     _table = None
     _valid: list | None = None  # the groups' stage options when they were last validated
     _swapped = False
+    _fused_asked = False
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch's mark of a step that unscales and skips by itself: True to a GradScaler, which then leaves it to us.
+
+        Lightning takes the mark for a reason to refuse gradient_clip_val under any mixed precision, bf16 too, and
+        unscales by itself without it. So others than a GradScaler get what torch would say: whether fused=True was
+        passed.
+        """
+        return self._fused_asked or isinstance(sys._getframe(1).f_locals.get("self"), torch.amp.GradScaler)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:  # torch's constructor sets it for fused=True
+        self._fused_asked = value
 
     # ---- what a rule provides -------------------------------------------------------------------
 

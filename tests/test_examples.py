@@ -129,6 +129,26 @@ def test_nanogpt_loop_with_a_gradient_scaler():
     assert_same(train(scale=True), train(torch.optim.AdamW, scale=True))
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16 with a scaler"])
+def test_lightning_clips_in_mixed_precision(precision):
+    """Lightning refuses gradient_clip_val where an optimizer tells it that it unscales by itself."""
+    script = load("lightning_ema")
+    lightning = script["L"]
+
+    def trainer(**options):
+        if precision == "bf16-mixed":
+            return lightning.Trainer(precision=precision, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)  # so high that steps are skipped
+        plugin = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        return lightning.Trainer(plugins=[plugin], **options)
+
+    ours, theirs = (
+        script["train"](optimizer_class=cls, trainer=trainer)[0].losses
+        for cls in (script["fuseopt"].AdamW, torch.optim.AdamW)
+    )
+    assert_same(ours, theirs)
+
+
 def test_peft_steps_and_averages_adapters_alone():
     script = load("hf_peft")
     model, optimizer, _ = script["train"](ema=script["fuseopt"].EMA(0.8))

@@ -68,6 +68,17 @@ def test_accelerates_scaler_steps_and_skips_as_with_torch_fused(options, acceler
     assert float(next(iter(ours.state.values()))["step"]) == 2 and "step" not in vars(pickle.loads(pickle.dumps(ours)))
 
 
+def test_a_gradient_scaler_leaves_the_gradients_to_the_step():
+    p = nn.Parameter(torch.ones(5))
+    optimizer, scaler = fuseopt.AdamW([p], lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale((p * 2).sum()).backward()
+    scaler.step(optimizer)
+    assert p.grad.tolist() == [8.0] * 5  # it was not unscaled before
+    assert optimizer.state[p]["exp_avg"].tolist() == pytest.approx([0.2] * 5)
+    assert not optimizer._step_supports_amp_scaling  # as torch's, where fused=True was not passed
+    assert fuseopt.AdamW([p], fused=True)._step_supports_amp_scaling
+
+
 # ---- timm ------------------------------------------------------------------------------------------
 
 
