@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fuseopt.integrations import unwrap
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; a test that tries fails at once
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -29,7 +31,7 @@ LOSSES = {
     "hf_trainer": lambda script, cls: script["train"](script["by_class"]("by_class", cls)),
     "hf_accelerate": lambda script, cls: script["train"](cls),
     "hf_peft": lambda script, cls: script["train"](cls)[2],
-    "hf_trl": lambda script, cls: script["train"](cls),
+    "hf_trl": lambda script, cls: script["train"](script["make_trainer"]("trl", cls)),
     "lightning_ema": lambda script, cls: script["train"](optimizer_class=cls)[0].losses,
 }
 
@@ -147,6 +149,22 @@ def test_lightning_clips_in_mixed_precision(precision):
         for cls in (script["fuseopt"].AdamW, torch.optim.AdamW)
     )
     assert_same(ours, theirs)
+
+
+def test_trl_evaluates_on_the_average():
+    script = load("hf_trl", "__main__")
+    trainer, optimizer = script["trainer"], unwrap(script["trainer"].optimizer)
+    averaged = trainer.evaluate()["eval_loss"]
+    trainer.remove_callback(script["EvaluateAverage"])
+    own = trainer.evaluate()["eval_loss"]
+    with optimizer.swap_ema():
+        assert trainer.evaluate()["eval_loss"] == averaged != own
+
+
+def test_peft_saves_the_average():
+    script = load("hf_peft", "__main__")
+    own = script["evaluate"](script["model"])
+    assert script["loaded"] == script["averaged"] != own
 
 
 def test_peft_steps_and_averages_adapters_alone():
