@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "cpu/select.h"
 #include "cpu/step.h"
+#include "cpu/threads.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -98,6 +99,7 @@ py::dict schema() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  watch_forks();
   m.doc() = "fuseopt's compiled CPU step.";
   py::class_<TensorTable>(m, "TensorTable")
       .def(py::init<>())

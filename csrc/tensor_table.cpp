@@ -138,8 +138,6 @@ bool TensorTable::add(PyObject* param, PyObject* grad, PyObject* state, PyObject
   Tensor& t = tensors.emplace_back();
   t.group = group, t.storage = p.storage, t.n = p.count(), t.p = p.data, t.g = g.data;
   if (!add_state(&t, p, state, spec, fresh)) return tensors.pop_back(), false;
-  Py_INCREF(param);
-  params.push_back(param);
   return true;
 }
 
@@ -183,11 +181,16 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
       PyObject* used = replacement ? item(replacement, 0) : grad;
       const bool fresh = replacement && item(replacement, 1) == Py_True;
       sharded = sharded || is_dtensor(param);
+      PyObject* stepped = replacement && item(replacement, 2) != Py_None ? item(replacement, 2) : param;
       if (used != Py_None) {
         if (!own) own = PyDict_GetItemWithError(state, param);
         if (!own) own = nothing;
-        if (!PyDict_Check(own) || !add(param, used, own, spec, int(k), fresh))
+        if (PyDict_Check(own) && add(stepped, used, own, spec, int(k), fresh)) {
+          Py_INCREF(param);
+          params.push_back(param);
+        } else {
           problems.push_back({int(k), int(i)});
+        }
       }
       if (used == grad && used != Py_None) held_.push_back(grad);
       else Py_DECREF(grad);

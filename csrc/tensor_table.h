@@ -3,6 +3,7 @@
 // table itself is kept, so a steady step allocates nothing.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "pipeline.h"
@@ -66,6 +67,9 @@ class TensorTable {
   std::vector<Problem> problems;
   std::vector<_object*> params;  // the parameters in `tensors`
   bool sharded = false;          // whether a parameter, stepped or not, is a DTensor
+  bool in_order = false;  // one tensor after the other: some share memory; see cpu/threads.h
+  using Extent = std::pair<const char*, const char*>;
+  std::vector<Extent> extents;  // the memory of each parameter at the last step
 
   ~TensorTable() { release(); }
 
@@ -74,8 +78,8 @@ class TensorTable {
   void release();
 
   // `groups`: a list of tuples as fuseopt/backends.py makes them. `state`: the optimizer's. `grads`: a
-  // dict from a parameter to (gradient to use in place of `.grad`, whether its moments are new). After it
-  // returns, `problems` is empty or nothing may be run. Throws only if a tuple is malformed.
+  // dict from a parameter to (gradient to use in place of `.grad`, whether its moments are new, tensor to use
+  // in its own place or None). After it returns, `problems` is empty or nothing may be run. Throws only if a tuple is malformed.
   void gather(_object* groups, _object* state, _object* grads, double inv_grad_scale);
 
  private:

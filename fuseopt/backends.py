@@ -3,16 +3,20 @@
 import math
 import warnings
 from collections.abc import Callable
+from itertools import repeat
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import distributed, plan, reference, schema, select, torch_abi
+from .checks import in_layout_of
+from .interrupts import at_once, held
 from .stages import mask, statistics
 
 NAMES = (None, "cpu", "torch")
 _warned = False
+_increment_version = torch._C._increment_version  # torch.autograd.graph's without its Python, for at_once
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -71,13 +75,19 @@ def _device(opt) -> str:
 
 
 def run(opt, step: plan.Step) -> None:
-    """Run a step on the backend that `choose` picks: every stage, then the selection if there is one."""
-    update, ranker = TABLE[choose(opt)]
-    prepared = update(opt, step)
-    _copy_into_new_averages(opt, prepared)
-    for selection in select.selections(opt, step):
-        select.prune(opt, selection, lambda members: ranker(opt, members))
-        torch.autograd.graph.increment_version([p for _, p in selection.members])
+    """Run a step, whole or not at all, on the backend that `choose` picks, and count it in the groups."""
+    name = choose(opt)
+    if name == "cpu" and _cpu_steady_step(opt, step):
+        return
+    update, ranker = TABLE[name]
+    with held():
+        prepared = update(opt, step)
+        _copy_into_new_averages(opt, prepared)
+        for selection in select.selections(opt, step):
+            select.prune(opt, selection, lambda members: ranker(opt, members))
+            _increment_version([p for _, p in selection.members])
+        for group in opt.param_groups:
+            group["steps"] = step.t
 
 
 def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]]) -> dict[Tensor, plan.Prepared]:
@@ -130,47 +140,75 @@ def _spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tupl
     )
 
 
-def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
+def _gather(opt, step: plan.Step, replaced: dict) -> tuple:
+    """(table, specs, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says."""
     if opt._table is None:
         opt._table = _native.TensorTable()
-    table = opt._table
     specs = [_spec(gs, gs.group["params"], gs.slots, gs.counters, gs.emas) for gs in step.groups]
-    problems = table.gather(specs, opt.state, {}, step.inv_grad_scale)
+    return opt._table, specs, opt._table.gather(specs, opt.state, replaced, step.inv_grad_scale)
+
+
+def _cpu_steady_step(opt, step: plan.Step) -> bool:
+    """Run the step if the compiled pass is all of it, in one call so that no interrupt falls between its writes;
+    False, and nothing done, if something is to be made, copied, selected or summed up around it."""
+    if step.t == 1 or opt.defaults["statistics"] or any(gs.sparsity is not None for gs in step.groups):
+        return False
+    if plan.without_prune_mask(opt, step):
+        return False
+    table, specs, problems = _gather(opt, step, {})
+    if problems:
+        return False
+    count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
+    run = map(table.run, (_norm(opt, table),), (False,))
+    at_once(run, map(_increment_version, _written(specs, table)), count)
+    table.release()
+    return True
+
+
+@torch.no_grad()
+def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
+    table, specs, problems = _gather(opt, step, {})
     wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
     prepared = _prepare(opt, step, _stepped(step) if step.t == 1 else wanting)
+    # Parameters with gaps are stepped in a copy without.
+    filled = {p: in_layout_of(distributed.local(p), distributed.local(p)) for p in prepared}
     if plan.add_prune_masks(opt, step) or prepared:
-        grads = {p: (made.grad, made.fresh) for p, made in prepared.items()}
-        if table.gather(specs, opt.state, grads, step.inv_grad_scale):
+        replaced = {p: (made.grad, made.fresh, filled[p]) for p, made in prepared.items()}
+        table, specs, problems = _gather(opt, step, replaced)
+        if problems:
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
-    _cpu_run(opt, table)
-    _mark_written(specs, table)
+    sums = table.run(_norm(opt, table), opt.defaults["statistics"])
+    if opt.defaults["statistics"]:
+        opt._statistics = statistics.result(_total(opt, table, sums, statistics.WIDTH))
+    for params in _written(specs, table):
+        _increment_version(params)
     table.release()
+    for p, copy in filled.items():
+        if copy is not distributed.local(p):
+            distributed.local(p).copy_(copy)
     return prepared
 
 
-def _cpu_run(opt, table) -> None:
+def _total(opt, table, rows: list, width: int) -> list[float]:
+    """Sums of the columns, over all processes that share the parameters."""
+    if table.sharded or opt.defaults["sharded"]:
+        return distributed.total(opt, table.params(), rows, width)
+    return [sum(column) for column in zip((0.0,) * width, *rows, strict=True)]
+
+
+def _norm(opt, table) -> float:
+    """The gradient's norm where processes must find it together; otherwise -1, and the table finds it by itself."""
     shared = table.sharded or opt.defaults["sharded"]
-
-    def total(rows: list, width: int) -> list[float]:
-        if shared:
-            return distributed.total(opt, table.params(), rows, width)
-        return [sum(column) for column in zip((0.0,) * width, *rows, strict=True)]
-
-    norm = -1.0  # the table finds it by itself
     if shared and any(group["max_grad_norm"] for group in opt.param_groups):
-        norm = math.sqrt(total(table.squares(), 1)[0])
-    sums = table.run(norm, opt.defaults["statistics"])
-    if opt.defaults["statistics"]:
-        opt._statistics = statistics.result(total(sums, statistics.WIDTH))
+        return math.sqrt(_total(opt, table, table.squares(), 1)[0])
+    return -1.0
 
 
-def _mark_written(specs: list[tuple], table) -> None:
-    """Bump the version of what was stepped, as torch's in-place operations do."""
+def _written(specs: list[tuple], table) -> list[list[Tensor]]:
+    """Lists of what was stepped, whose versions are bumped as torch's in-place operations bump them."""
     if len(table) == sum(len(spec[0]) for spec in specs):  # everything: spare the list
-        for spec in specs:
-            torch.autograd.graph.increment_version(spec[0])
-    else:
-        torch.autograd.graph.increment_version(table.params())
+        return [spec[0] for spec in specs]
+    return [table.params()]
 
 
 class _CpuRanker:
@@ -182,7 +220,7 @@ class _CpuRanker:
             mask.into_memory_order(opt.state[p], p)
             has = opt.state[p].__contains__
             specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
-            grads[p] = (p, False)
+            grads[p] = (p, False, None)
         self.members, self.table = members, _native.TensorTable()
         if self.table.gather(specs, opt.state, grads, 1.0):
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")

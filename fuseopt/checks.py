@@ -73,10 +73,12 @@ def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor 
         if x is not None and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             kind = type(x).__name__
             raise TypeError(f"{name} is {kind}, which has no storage of its own; step the tensors it is made of")
-    if p.layout != torch.strided or not dense(p):
+    if p.layout != torch.strided:
+        raise ValueError(f"{name} has layout {p.layout}; fuseopt steps dense tensors: convert it with to_dense()")
+    if not apart(p):
         raise ValueError(
-            f"{name} with strides {tuple(p.stride()) if p.layout == torch.strided else p.layout} does not fill its "
-            "memory; pass a contiguous tensor, not a slice or an expanded view"
+            f"{name} of shape {tuple(p.shape)} with strides {tuple(p.stride())} has several entries at one place in "
+            "memory, as an expanded view has; pass the tensor that it is a view of, or a clone()"
         )
     if opt.defaults["backend"] == "cpu" and p.device.type != "cpu":
         raise ValueError(f"{name} is on {p.device} and backend='cpu' was asked for; move it, or leave backend out")
@@ -121,19 +123,19 @@ def check_state(name: Name, p: Tensor, key: str, value, is_counter: bool, is_ema
         raise ValueError(f"state {key!r} of {name} is on {value.device}, not {p.device}; move it, or {remedy}")
 
 
-def dense(p: Tensor) -> bool:
-    """Whether p fills its memory without gaps or overlap, in some order of its dimensions."""
-    expected = 1
+def apart(p: Tensor) -> bool:
+    """Whether no two entries of p share memory, so far as its strides tell: each skips what lies within it."""
+    reach = 0
     for stride, size in sorted((p.stride(d), p.shape[d]) for d in range(p.dim()) if p.shape[d] > 1):
-        if stride != expected:
+        if stride <= reach and p.numel():
             return False
-        expected *= size
+        reach += stride * (size - 1)
     return True
 
 
 @torch.no_grad()
 def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
-    """x itself if its elements lie in memory as p's do, otherwise a copy that does."""
-    a, b = local(x), local(p)
-    same = all(i == j or n <= 1 for i, j, n in zip(a.stride(), b.stride(), b.shape, strict=True)) or b.numel() == 0
+    """x itself if it fills its memory in the order of p's dimensions, as state does, otherwise a copy that does."""
+    a, form = local(x), torch.empty_like(local(p), device="meta")
+    same = all(i == j or n <= 1 for i, j, n in zip(a.stride(), form.stride(), a.shape, strict=True)) or a.numel() == 0
     return x if same else torch.empty_like(p, dtype=x.dtype).copy_(x)

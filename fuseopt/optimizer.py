@@ -104,8 +104,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @staticmethod
-    def initial(group: dict) -> float:
-        """The value that new moments start from."""
+    def initial(defaults: dict) -> float:
+        """The value that new moments start from; as in torch, the constructor's, whatever a group says."""
         return 0.0
 
     @staticmethod
@@ -117,8 +117,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _set_stage_defaults(self, stages: dict, differentiable: bool, **more: Any) -> None:
         """Validate the stage options; called before torch's constructor looks at the parameters."""
-        if differentiable:
-            raise ValueError(f"{type(self).__name__} does not support differentiable=True; use torch.optim's class")
+        _refuse_differentiable(differentiable)
         allowed = {**GROUP_OPTIONS, **WHOLE_OPTIONS}
         for name in stages:
             if name not in allowed:
@@ -188,6 +187,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises ValueError or TypeError, with nothing changed, if a parameter, gradient or state cannot be
         stepped; the message names it and the remedy.
         """
+        if torch.compiler.is_compiling():  # one graph break: there is nothing in a step that a graph could hold
+            return _eager_step(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -208,8 +209,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             return loss
         step = plan.Step(self, steps + 1, 1.0 / scale)
         backends.run(self, step)
-        for group in self.param_groups:
-            group["steps"] = step.t
         return loss
 
     def _is_dry_run(self) -> bool:
@@ -338,14 +337,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.warn_of_fresh_starts(self, kept)
 
 
+_eager_step = torch._disable_dynamo(FusedOptimizer.step)
+
+
 def _drop_whole_options(group: dict) -> None:
     """Remove what torch copies from the defaults into every group, though it holds for the optimizer."""
     for name in WHOLE_OPTIONS:
         group.pop(name, None)
 
 
+def _refuse_differentiable(differentiable: bool) -> None:
+    if differentiable:
+        raise ValueError("fuseopt does not support differentiable=True; use the class of torch.optim")
+
+
 def _normalise(group: dict) -> None:
     """Validate the stage options of a group and turn them into plain data."""
+    _refuse_differentiable(group.get("differentiable", False))
     decay.check(group)
     clip.check(group)
     ema.normalise(group)

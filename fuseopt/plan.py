@@ -79,7 +79,7 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     fresh = False
     for key in opt.slots(group):
         if state.get(key) is None:
-            state[key] = torch.full_like(p, opt.initial(group), memory_format=torch.preserve_format)
+            state[key] = torch.full_like(p, opt.initial(opt.defaults), memory_format=torch.preserve_format)
             fresh = True
     names = ema.names(group) if averages else ()
     for key in names:
@@ -126,6 +126,8 @@ def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Te
     """Make what these parameters, which `check_all` has passed, lack."""
     prepared = {}
     for gs, p in wanting:
+        if p in prepared:  # it is listed twice
+            continue
         state = opt.state[p]
         new_emas = [key for key in gs.emas if key not in state or step.t == 1]
         fresh = complete_state(opt, gs.group, p)
@@ -137,23 +139,25 @@ def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Te
 
 
 def prunable(gs: GroupStep) -> list[Tensor]:
-    """The parameters of a group that pruning applies to, in order."""
-    return [p for p in gs.group["params"] if prune.prunable(p)]
+    """The parameters of a group that pruning applies to, in order, each once."""
+    return list(dict.fromkeys(p for p in gs.group["params"] if prune.prunable(p)))
+
+
+def without_prune_mask(opt, step: Step) -> list[tuple[GroupStep, Tensor]]:
+    """The prunable parameters that have no bits yet."""
+    pairs = [(gs, p) for gs in step.groups if gs.prunes for p in prunable(gs)]
+    return [(gs, p) for gs, p in pairs if "prune_mask" not in opt.state.get(p, {})]
 
 
 def add_prune_masks(opt, step: Step) -> bool:
     """Give every prunable parameter its bits; True if any was new."""
-    added = False
-    for gs in step.groups:
-        if gs.prunes:
-            for p in prunable(gs):
-                if "prune_mask" not in opt.state[p]:
-                    if gs.counters and gs.counters[0] not in opt.state[p]:
-                        complete_state(opt, gs.group, p, averages=False)
-                    opt.state[p]["prune_mask"] = mask.empty_bits(local(p).numel())
-                    mask.into_memory_order(opt.state[p], p)
-                    added = True
-    return added
+    added = without_prune_mask(opt, step)
+    for gs, p in added:
+        if gs.counters and gs.counters[0] not in opt.state[p]:
+            complete_state(opt, gs.group, p, averages=False)
+        opt.state[p]["prune_mask"] = mask.empty_bits(local(p).numel())
+        mask.into_memory_order(opt.state[p], p)
+    return bool(added)
 
 
 def frozen(state: dict, p: Tensor) -> Tensor | None:

@@ -203,7 +203,8 @@ PARAMETERS = {
     "integer": (torch.ones(3, dtype=torch.int64), TypeError, "'head'.*int64"),
     "float8": (torch.ones(3).to(torch.float8_e4m3fn), TypeError, "'head'.*float8"),
     "sparse": (torch.eye(3).to_sparse(), ValueError, "'head'.*sparse"),
-    "gaps": (torch.ones(3, 6)[:, ::2], ValueError, "'head'.*strides.*contiguous"),
+    "expanded": (torch.ones(1, 6).expand(3, 6), ValueError, r"'head'.*strides \(0, 1\).*expanded.*clone"),
+    "overlapping": (torch.ones(9).as_strided((3, 3), (2, 1)), ValueError, r"'head'.*strides \(2, 1\).*clone"),
     "meta": (torch.ones(3, device="meta"), ValueError, "on meta.* on cpu"),
 }
 

@@ -1,5 +1,7 @@
 """What a step works on: sizes, layouts, moved storage, replaced state, groups that come late, the readers."""
 
+import copy
+
 import pytest
 import torch
 from cases import (
@@ -106,15 +108,51 @@ def test_memory_order_and_the_norm(backend):
     assert_close(other, plain, TRAJECTORY[F64])
 
 
-@pytest.mark.parametrize("how", ("slice", "expanded"))
-def test_parameters_with_gaps_or_overlap_are_refused(how, backend):
-    base = torch.ones(6, 6)
-    p = torch.nn.Parameter({"slice": base[:, ::2], "expanded": torch.ones(1, 6).expand(6, 6)}[how])
-    opt = fuseopt.SGD([("weight", p)], lr=0.1, backend=backend)
-    p.grad = torch.ones(p.shape)
-    with pytest.raises(ValueError, match="(?s)weight.*strides.*contiguous"):
-        opt.step()
-    assert (base == 1).all()
+SLICES = {
+    "columns": lambda x: x[:, ::2],
+    "rows-of-transposed": lambda x: x.t()[3:, 1::3],
+    "corner": lambda x: x[20:, 10:45],
+    "one-column": lambda x: x[:, 7:8],
+    "channels-last": lambda x: x.view(2, 20, 5, 12).permute(0, 3, 1, 2)[:, ::2],
+    "none": lambda x: x[:0, ::2],
+}
+
+
+@pytest.mark.parametrize("how", SLICES)
+@pytest.mark.parametrize("stage", ("everything", "everything-sparsity", "ema", "statistics"))
+@pytest.mark.parametrize("name", ("adamw-amsgrad-maximize", "sgd-momentum", "nadam", "lion"))
+def test_slices_are_stepped_as_dense_copies_are(name, stage, how, backend):
+    """Only the slice is written; the rest of the tensor that it is a part of keeps its bits."""
+    (base,) = parameters([(40, 60)])
+    whole = base.detach().clone()
+    p = torch.nn.Parameter(SLICES[how](base.data))
+    inside = SLICES[how](torch.arange(2400).view(40, 60)).flatten()
+    q = torch.nn.Parameter(torch.empty_like(p).copy_(p))
+    a, b = (STAGE[stage].build(BY_NAME[name], [x], F32, backend=backend) for x in (p, q))
+    for t in range(1, 5):
+        version = p._version
+        run(a, [p], 1, t), run(b, [q], 1, t)
+        assert_same_state(a, b)
+        assert p._version > version and p.data_ptr() == SLICES[how](base.data).data_ptr()
+    outside = torch.ones(2400, dtype=torch.bool)
+    outside[inside] = False
+    assert_same_bits(base.data.flatten()[outside], whole.flatten()[outside])
+    if stage in ("everything", "statistics"):
+        assert a.statistics() == b.statistics()
+    a.load_state_dict(copy.deepcopy(b.state_dict()))
+    run(a, [p], 1, 5), run(b, [q], 1, 5)
+    assert_same_state(a, b)
+
+
+def test_slices_and_whole_tensors_in_one_group(backend):
+    """Half of a tensor, the other half, and a tensor of its own end as three tensors do; the norm is of all."""
+    x, y = parameters([(30, 8), (9, 9)])
+    parts = [torch.nn.Parameter(x.data[:, ::2]), y, torch.nn.Parameter(x.data[:, 1::2])]
+    apart = [torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in parts]
+    for params in (parts, apart):
+        run(fuseopt.AdamW(params, max_grad_norm=0.1, ema=EMA(0.9), backend=backend), params)
+    for p, q in zip(parts, apart, strict=True):
+        assert_same_bits(p, q)
 
 
 def test_a_gradient_at_the_wrong_stride_by_hand(backend):

@@ -1,10 +1,9 @@
 // How the CPU walks a table: blocks shared among threads, tiles within a block.
 #pragma once
 
-#include <omp.h>
-
 #include "../tensor_table.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace fuseopt {
 
@@ -19,12 +18,12 @@ inline int64_t ema_size(int storage) {  // an average is kept in the type that i
 }
 
 // Calls fn(item) for every item of the table. Which thread does which is left open, so fn may only write
-// what belongs to its blocks. omp_get_max_threads() is torch's number: one OpenMP pool serves both.
+// what belongs to its blocks.
 template <class Fn>
 void for_each_item(const TensorTable& table, const Fn& fn) {
   const int items = int(table.items.size()) - 1;
-  const int threads = items < omp_get_max_threads() ? items : omp_get_max_threads();
-#pragma omp parallel for schedule(dynamic) num_threads(threads < 1 ? 1 : threads) if (threads > 1)
+  const int threads = threads_for(table);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int i = 0; i < items; ++i) fn(i);
 }
 

@@ -79,7 +79,8 @@ int64_t prune_ties(const BlockView& view, uint32_t kth, int64_t quota) {
 
 void count_digits(const TensorTable& table, uint32_t prefix, int shift, int width, int64_t* out) {
   const size_t digits = size_t(1) << width;
-#pragma omp parallel
+  const int threads = threads_for(table);
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<int64_t> own(digits);
 #pragma omp for schedule(dynamic)

@@ -18,6 +18,14 @@ void (*const prepare[kRules])(const double* hyper, CounterValue* counter, double
 #undef FUSEOPT_PREPARE
 };
 
+// Where an earlier tensor of the table has the same state, counts on from what that one will store.
+void follow_earlier(const TensorTable& table, Tensor& t) {
+  const Group& group = table.groups[t.group];
+  for (const Tensor* other = table.tensors.data(); other != &t; ++other)
+    for (int k = 0; k < group.counters; ++k)
+      if (other->counter[k].data == t.counter[k].data) t.counter[k].value = other->counter[k].value;
+}
+
 // Advances every parameter's counters in the table (not yet in its tensors) and forms its scalars.
 // Neighbours mostly share a group and a step count, and then the scalars too.
 void prepare_scalars(TensorTable& table) {
@@ -25,6 +33,7 @@ void prepare_scalars(TensorTable& table) {
   CounterValue last_before[kMaxCounters] = {};
   for (Tensor& t : table.tensors) {
     const Group& group = table.groups[t.group];
+    if (table.in_order) follow_earlier(table, t);
     CounterValue now[kMaxCounters];
     bool same = last && last->group == t.group;
     for (int k = 0; k < kMaxCounters; ++k) {
@@ -136,6 +145,7 @@ void grad_squares(const TensorTable& table, double* out) {
 }
 
 void step(TensorTable& table, double norm, Statistics* statistics) {
+  table.in_order = overlapping(table);
   clip(table, norm);
   prepare_scalars(table);
   if (statistics) {

@@ -53,8 +53,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         return ("sum",)
 
     @staticmethod
-    def initial(group: dict) -> float:
-        return group["initial_accumulator_value"]
+    def initial(defaults: dict) -> float:
+        return defaults["initial_accumulator_value"]
 
     @staticmethod
     def counters(group: dict) -> tuple[str, ...]:

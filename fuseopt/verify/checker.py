@@ -94,7 +94,7 @@ class Checker:
             self._single.entries = {p: Entry.of(opt, self.kind, p) for p in params}
         scale, found_inf = getattr(opt, "grad_scale", None), getattr(opt, "found_inf", None)
         self._before = {
-            "options": [recipe.options_of(group) for group in opt.param_groups],
+            "options": [recipe.options_of(opt, group) for group in opt.param_groups],
             "grad_scale": 1.0 if scale is None else float(scale),
             "skipped": found_inf is not None and float(found_inf) != 0,
             # torch's fused step leaves unscaled gradients behind; otherwise they are read after the step,

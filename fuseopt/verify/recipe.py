@@ -42,13 +42,15 @@ COUNTERS = ("step", "mu_product")
 NOT_COPIED = ("foreach", "fused", "capturable", "differentiable")
 
 
-def options_of(group: dict) -> dict:
+def options_of(opt, group: dict) -> dict:
     """The options of a parameter group as plain numbers: an lr that is a tensor may change under our feet."""
     plain = {}
     for name, value in group.items():
         if name == "betas":
             value = tuple(float(beta) for beta in value)
         plain[name] = float(value) if isinstance(value, Tensor) else value
+    if "initial_accumulator_value" in plain:  # torch starts every group from the constructor's
+        plain["initial_accumulator_value"] = opt.defaults["initial_accumulator_value"]
     return plain
 
 

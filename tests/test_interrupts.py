@@ -1,0 +1,144 @@
+"""Interrupts at random moments of a step, of both kinds: the compiled pass alone, and the pass with state,
+averages, slices or a selection around it.
+"""
+
+import copy
+import signal
+import time
+
+import pytest
+import torch
+from cases import BY_NAME, F32, Rule, Stage, parameters, set_gradients
+from test_faults import FULL, PRUNING, SHAPES, Fault
+
+from fuseopt import interrupts
+
+
+def digest(opt, params) -> list:
+    """Everything that a step changes, as comparable data."""
+    tensors = [p.detach().clone() for p in params]
+    state = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in opt.state.get(p, {}).items()} for p in params]
+    counts = [[group["steps"] for group in opt.param_groups], copy.deepcopy(opt._statistics)]
+    return [tensors, state, counts, [p._version for p in params]]
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt at a random moment of a block; counts how often it did."""
+
+    def __init__(self):
+        self.random, self.longest = torch.Generator().manual_seed(0), 1e-4
+
+    def __enter__(self):
+        self.old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        return self
+
+    def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.old)
+
+    def during(self, f) -> bool:
+        """Run f; whether it was interrupted."""
+        begin = time.perf_counter()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, max(self.longest * float(torch.rand((), generator=self.random)), 2e-6))
+            f()
+            self.longest = time.perf_counter() - begin
+            while signal.getitimer(signal.ITIMER_REAL)[0]:  # it was too late
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            self.longest *= 1.1
+            return True
+        return False
+
+
+def build(rule: Rule, pruning: str, params: list, backend: str, gaps: bool):
+    """An optimizer with masks; with `gaps`, one parameter is a slice, so that every step takes the long way."""
+    if gaps:
+        params[0] = torch.nn.Parameter(torch.zeros(33, 62)[:, ::2].copy_(params[0].detach()))
+    opt = Stage("", {**FULL, **PRUNING[pruning]}, "freeze").build(rule, params, F32, backend=backend)
+    return opt
+
+
+@pytest.mark.parametrize("gaps", (False, True), ids=("dense", "gaps"))
+@pytest.mark.parametrize("pruning", PRUNING)
+@pytest.mark.parametrize("name", ("sgd-momentum", "adamw-amsgrad-maximize"))
+def test_an_interrupted_step_is_whole_or_not_at_all(name, pruning, gaps, backend):
+    """Every step is tried under random interrupts until it has been taken, against an undisturbed twin. The
+    first steps, which make state, are tried anew from the beginning many times."""
+    outcomes = set()
+    with Interrupts() as interrupts:
+        for trial in range(40 if backend == "cpu" else 15):
+            params, twins = parameters(SHAPES), parameters(SHAPES)
+            a, b = (build(BY_NAME[name], pruning, x, backend, gaps) for x in (params, twins))
+            for t in range(1, 8 if trial == 0 else 4):
+                set_gradients(params, t), set_gradients(twins, t)
+                before = digest(b, twins)
+                b.step()
+                after = digest(b, twins)
+                for _ in range(1000):
+                    hit = interrupts.during(a.step)
+                    found = digest(a, params)
+                    taken = same(found, after)
+                    assert taken or same(found, before), f"step {t} is torn"
+                    outcomes.add((hit, taken))
+                    if taken:
+                        break
+                assert taken
+    assert (True, False) in outcomes and (False, True) in outcomes, "no interrupt fell into a step"
+
+
+def test_an_interrupt_reaches_the_handler_that_was_there():
+    """Held back within the block, run once at its end, and handlers are put back."""
+    seen = []
+    old = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    mine = signal.getsignal(signal.SIGUSR1)
+    try:
+        with interrupts.held():
+            signal.raise_signal(signal.SIGUSR1)
+            with interrupts.held():
+                signal.raise_signal(signal.SIGUSR1)
+            time.sleep(0.001)
+            assert not seen
+            assert signal.getsignal(signal.SIGUSR1) is not mine
+        assert len(seen) == 2 and signal.getsignal(signal.SIGUSR1) is mine
+        with pytest.raises(KeyboardInterrupt):
+            with interrupts.held():
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGUSR1)
+                done = True
+        assert done and len(seen) == 3, "one handler that raises must not lose the other"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(Fault), interrupts.held():
+            raise Fault
+        assert signal.getsignal(signal.SIGUSR1) is mine
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+def test_handlers_survive_interrupts_while_they_are_held():
+    """Whenever it comes, an interrupt is delivered, and afterwards handlers do what they did."""
+    ends = []
+
+    def hold():
+        with interrupts.held():
+            pass
+
+    with Interrupts() as timer:
+        timer.longest = 2e-5
+        for _ in range(3000):
+            ends.append(timer.during(hold))
+        assert 100 < sum(ends)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGALRM)
