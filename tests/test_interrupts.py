@@ -61,25 +61,25 @@ class Interrupts:
         return False
 
 
-def build(rule: Rule, pruning: str, params: list, backend: str, gaps: bool):
-    """An optimizer with masks; with `gaps`, one parameter is a slice, so that every step takes the long way."""
-    if gaps:
+def build(rule: Rule, pruning: str, params: list, backend: str, way: str):
+    """An optimizer with masks; a slice among the parameters, or statistics, make every step take the long way."""
+    if way == "gaps":
         params[0] = torch.nn.Parameter(torch.zeros(33, 62)[:, ::2].copy_(params[0].detach()))
-    opt = Stage("", {**FULL, **PRUNING[pruning]}, "freeze").build(rule, params, F32, backend=backend)
-    return opt
+    options = {**FULL, **PRUNING[pruning], "statistics": way == "statistics"}
+    return Stage("", options, "freeze").build(rule, params, F32, backend=backend)
 
 
-@pytest.mark.parametrize("gaps", (False, True), ids=("dense", "gaps"))
+@pytest.mark.parametrize("way", ("steady", "gaps", "statistics"))
 @pytest.mark.parametrize("pruning", PRUNING)
 @pytest.mark.parametrize("name", ("sgd-momentum", "adamw-amsgrad-maximize"))
-def test_an_interrupted_step_is_whole_or_not_at_all(name, pruning, gaps, backend):
+def test_an_interrupted_step_is_whole_or_not_at_all(name, pruning, way, backend):
     """Every step is tried under random interrupts until it has been taken, against an undisturbed twin. The
     first steps, which make state, are tried anew from the beginning many times."""
     outcomes = set()
     with Interrupts() as interrupts:
         for trial in range(40 if backend == "cpu" else 15):
             params, twins = parameters(SHAPES), parameters(SHAPES)
-            a, b = (build(BY_NAME[name], pruning, x, backend, gaps) for x in (params, twins))
+            a, b = (build(BY_NAME[name], pruning, x, backend, way) for x in (params, twins))
             for t in range(1, 8 if trial == 0 else 4):
                 set_gradients(params, t), set_gradients(twins, t)
                 before = digest(b, twins)

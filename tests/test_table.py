@@ -121,6 +121,7 @@ SLICES = {
 @pytest.mark.parametrize("how", SLICES)
 @pytest.mark.parametrize("stage", ("everything", "everything-sparsity", "ema", "statistics"))
 @pytest.mark.parametrize("name", ("adamw-amsgrad-maximize", "sgd-momentum", "nadam", "lion"))
+@pytest.mark.filterwarnings("ignore:the checkpoint does not hold all")  # of an empty parameter there are no bits
 def test_slices_are_stepped_as_dense_copies_are(name, stage, how, backend):
     """Only the slice is written; the rest of the tensor that it is a part of keeps its bits."""
     (base,) = parameters([(40, 60)])

@@ -217,6 +217,44 @@ def test_tied_weights(backend):
     assert_agree(*models, exact("AdamW", backend))
 
 
+# ---- the loss scale -------------------------------------------------------------------------------------
+
+
+class Readers(torch.utils._python_dispatch.TorchDispatchMode):
+    """The torch operations within the block that read one of some tensors."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.addresses, self.found = {t.data_ptr() for t in tensors}, []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        for x in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(x, torch.Tensor) and x.numel() > 1 and x.data_ptr() in self.addresses:
+                self.found.append(f)
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("found_inf", (0.0, 1.0, 2.0, float("nan")))
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_loss_scale_costs_no_look_at_the_gradients(name, found_inf, native):
+    """grad_scale and found_inf count within the pass: torch reads no gradient, and none is written."""
+    params, twins = parameters(VECTORS), parameters(VECTORS)
+    a, b = (ours(name, x, backend="cpu", max_grad_norm=1.0) for x in (params, twins))
+    for t in (1, 2, 3):
+        set_gradients(params, t, 8.0), set_gradients(twins, t)
+        a.grad_scale, a.found_inf = torch.tensor(8.0), torch.tensor(found_inf)
+        kept = [(p.grad, p.grad.clone(), p.grad._version) for p in params]
+        with Readers([p.grad for p in params]) as readers:
+            a.step()
+        assert not readers.found
+        for p, (grad, value, version) in zip(params, kept, strict=True):
+            assert p.grad is grad and grad._version == version and torch.equal(grad, value)
+        if not found_inf:
+            b.step()
+    assert_agree(a, b, True)
+    assert a.param_groups[0]["steps"] == (0 if found_inf else 3)
+
+
 # ---- torch.compile --------------------------------------------------------------------------------------
 
 
