@@ -17,7 +17,6 @@ from cases import (
     ONE_EACH,
     Snapshot,
     Stage,
-    all_params,
     assert_close,
     assert_same_bits,
     assert_same_state,
@@ -28,6 +27,7 @@ from cases import (
     set_gradients,
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from workers import Data, train_in_child
 
 import fuseopt
 from fuseopt import EMA, Prune
@@ -151,22 +151,6 @@ def test_threads_that_step_two_optimizers_at_once(pruning, backend):
 # ---- forked and spawned workers ---------------------------------------------------------------------
 
 
-class Data(torch.utils.data.Dataset):
-    """Rows, made by an optimizer that steps in the worker if `steps` is set."""
-
-    def __init__(self, steps: bool):
-        self.steps = steps
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, k):
-        if not self.steps:
-            return torch.full((4,), float(k))
-        params = parameters([(300, 300)], seed=k)
-        return run(fuseopt.AdamW(params), params, 2).param_groups[0]["params"][0].detach()[0, :4]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", (False, True), ids=("rows", "steps"))
 @pytest.mark.parametrize("method", ("fork", "spawn"))
@@ -180,11 +164,6 @@ def test_data_loader_workers(method, steps):
         rows.append(batch)
         run(opt, params, 1)
     assert torch.equal(torch.cat(rows), torch.stack([Data(steps)[k] for k in range(8)]))
-
-
-def train_in_child(opt, out) -> None:
-    run(opt, all_params(opt), 2, first=3)
-    out.put([p.detach().numpy().copy() for p in all_params(opt)])
 
 
 @pytest.mark.slow
