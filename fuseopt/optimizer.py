@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import averages, backends, checkpoint, checks, distributed, explain, plan
+from .interrupts import held
 from .stages import clip, decay, ema, mask, prune
 
 try:  # Python 3.11
@@ -261,6 +262,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
         self._validate_options()
         saved = [(p, p.detach().clone(), average) for p, average in averages.of(self, k)]
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for p, own, _ in saved:
+                p.copy_(own)
+            self._swapped = False
+
         self._swapped = True
         try:
             with torch.no_grad():
@@ -268,10 +276,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                     p.copy_(average)
             yield
         finally:
-            self._swapped = False
-            with torch.no_grad():
-                for p, own, _ in saved:
-                    p.copy_(own)
+            try:
+                with held():
+                    put_back()
+            except BaseException:  # an interrupt came before they were held, or waited until the end
+                put_back()
+                raise
 
     @torch.no_grad()
     def copy_ema_to(self, model: torch.nn.Module, k: int = 0) -> None:

@@ -11,7 +11,8 @@ import torch
 from cases import BY_NAME, F32, Rule, Stage, parameters, set_gradients
 from test_faults import FULL, PRUNING, SHAPES, Fault
 
-from fuseopt import interrupts
+import fuseopt
+from fuseopt import EMA, interrupts
 
 
 def digest(opt, params) -> list:
@@ -142,3 +143,30 @@ def test_handlers_survive_interrupts_while_they_are_held():
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGALRM)
+
+
+def test_an_interrupted_swap_leaves_the_own_weights(backend):
+    """Whenever it comes: while the averages go in, within the block, while the weights come back."""
+    params = parameters([(64, 64), (300,), (7,)])
+    opt = fuseopt.AdamW(params, lr=0.1, ema=EMA(0.9), backend=backend)
+    for t in range(1, 4):
+        set_gradients(params, t)
+        opt.step()
+    own = [p.detach().clone() for p in params]
+    assert not any(torch.equal(p, opt.state[p]["ema_0"]) for p in params)
+
+    def swap():
+        with opt.swap_ema():
+            assert not torch.equal(params[0], own[0])
+
+    with Interrupts() as interrupts:
+        happened = 0
+        for _ in range(600):
+            happened += interrupts.during(swap)
+            check_own(opt, params, own)
+    assert 50 < happened < 600
+
+
+def check_own(opt, params: list, own: list) -> None:
+    assert not opt._swapped
+    assert all(torch.equal(p, w) for p, w in zip(params, own, strict=True))
