@@ -7,6 +7,7 @@
 #include "cpu/select.h"
 #include "cpu/step.h"
 #include "cpu/threads.h"
+#include "raw_view.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -26,6 +27,14 @@ py::list params(const TensorTable& table) {
   for (size_t k = 0; k < table.params.size(); ++k)
     out[k] = py::reinterpret_borrow<py::object>(table.params[k]);
   return out;
+}
+
+// Bumps the version of every parameter that was updated; `increment` does those that torch must bump.
+void mark_written(const TensorTable& table, py::object increment) {
+  py::list rest;
+  for (PyObject* param : table.params)
+    if (!raw_bump_version(param)) rest.append(py::reinterpret_borrow<py::object>(param));
+  if (rest.size() > 0) increment(rest);
 }
 
 // A list of rows, each of `width` numbers.
@@ -107,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", [](const TensorTable& t) { return t.tensors.size(); })
       .def("release", &TensorTable::release, "Lets go of the parameters and gradients of the last gather().")
       .def("params", &params, "The parameters that the next run() will update.")
+      .def("mark_written", &mark_written, "Bumps the versions of params(); the function given does those that torch must bump.")
       .def_readonly("sharded", &TensorTable::sharded, "Whether the last gather() met a DTensor.")
       .def("squares", &squares, "The sum of squares of each parameter's gradient, as rows of one.")
       .def("run", &run, "One step; returns a row of sums for each parameter, or no rows.", py::arg("norm"), py::arg("statistics"))
@@ -116,6 +126,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_torch", [](py::object tensor, py::object parameter, py::object describe,
                         const std::vector<intptr_t>& functions, py::ssize_t offset) {
     set_torch(tensor.ptr(), parameter.ptr(), describe.ptr(), functions, offset);
+  });
+  m.def("set_layout", [](py::object tensor, py::object parameter, py::ssize_t handle,
+                         const std::vector<int64_t>& layout, const std::vector<intptr_t>& functions) {
+    set_layout(tensor.ptr(), parameter.ptr(), handle, layout, functions);
   });
   m.def("schema", &schema);
   m.def("instruction_set", [] { return kernels().name; });

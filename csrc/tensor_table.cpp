@@ -56,17 +56,23 @@ class Cursor {
   Py_ssize_t position_ = 0;
 };
 
+bool read(PyObject* object, TensorView* out, Trail& trail) {
+  if (!object) return false;
+  if (is_raw(object) && raw_view(impl_of(object), out)) return trail.tensor(object), true;
+  return view(object, out) && (out->data || out->count() == 0);  // no address: its storage was freed
+}
+
 // The address of a state tensor if it has the parameter's layout, else nullptr.
-void* read_stream(PyObject* object, const TensorView& p, int storage) {
+void* read_stream(PyObject* object, const TensorView& p, int storage, Trail& trail) {
   TensorView v;
-  if (!object || !view(object, &v) || v.storage != storage || !v.same_layout(p)) return nullptr;
+  if (!read(object, &v, trail) || v.storage != storage || !v.same_layout(p)) return nullptr;
   static char empty;
   return p.count() == 0 ? &empty : v.data;
 }
 
-bool read_counter(PyObject* object, Counter* out) {
+bool read_counter(PyObject* object, Counter* out, Trail& trail) {
   TensorView v;
-  if (!object || !view(object, &v) || v.count() != 1 || (v.storage != 0 && v.storage != 1)) return false;
+  if (!read(object, &v, trail) || v.count() != 1 || (v.storage != 0 && v.storage != 1)) return false;
   *out = {v.data, v.storage == 1, v.storage == 1 ? *static_cast<double*>(v.data) : *static_cast<float*>(v.data)};
   return true;
 }
@@ -111,16 +117,17 @@ bool in_order_of_bits(PyObject* state, const TensorView& p) {
   return p.contiguous(order);
 }
 
-bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, bool fresh) {
+bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, bool fresh, Trail& trail) {
   static PyObject* prune_mask = key("prune_mask");
   PyObject *slots = item(spec, kSlots), *counters = item(spec, kCounters), *emas = item(spec, kEmas);
+  trail.dict(state);
   Cursor cursor(state);  // asks in the order in which plan.complete_state makes them
   for (int k = 0; k < size(counters); ++k)
-    if (!read_counter(cursor.find(item(counters, k)), &t->counter[k])) return false;
+    if (!read_counter(cursor.find(item(counters, k)), &t->counter[k], trail)) return false;
   for (int k = 0; k < size(slots); ++k)
-    if (!(t->slot[k] = read_stream(cursor.find(item(slots, k)), p, p.storage))) return false;
+    if (!(t->slot[k] = read_stream(cursor.find(item(slots, k)), p, p.storage, trail))) return false;
   for (int k = 0; k < size(emas); ++k)
-    if (!(t->ema[k] = read_stream(cursor.find(item(emas, k)), p, p.storage == 1 ? 1 : 0))) return false;
+    if (!(t->ema[k] = read_stream(cursor.find(item(emas, k)), p, p.storage == 1 ? 1 : 0, trail))) return false;
   if (size(counters) == 0) t->counter[0].value = fresh;  // for rules without a step count
   if (PyDict_Size(state) == size(slots) + size(emas) + size(counters) || t->n == 0) return true;  // no masks
   if (!read_mask(state, t)) return false;
@@ -131,26 +138,61 @@ bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, 
 
 }  // namespace
 
-bool TensorTable::add(PyObject* param, PyObject* grad, PyObject* state, PyObject* spec, int group, bool fresh) {
-  TensorView p, g;
-  if (!view(param, &p) || !view(grad, &g) || !placed_alike(param, grad)) return false;
+bool TensorTable::add(PyObject* param, const TensorView& g, PyObject* state, PyObject* spec, int group, bool fresh) {
+  TensorView p;
+  if (!read(param, &p, trail_)) return false;
   if (p.storage < 0 || p.storage == kBits || g.storage != p.storage || !p.dense() || !g.same_layout(p)) return false;
   Tensor& t = tensors.emplace_back();
   t.group = group, t.storage = p.storage, t.n = p.count(), t.p = p.data, t.g = g.data;
-  if (!add_state(&t, p, state, spec, fresh)) return tensors.pop_back(), false;
+  if (!add_state(&t, p, state, spec, fresh, trail_)) return tensors.pop_back(), false;
   return true;
 }
 
 void TensorTable::release() {
   for (PyObject* object : params) Py_DECREF(object);
   for (PyObject* object : held_) Py_DECREF(object);
-  params.clear(), held_.clear();
+  for (void* reference : references_) raw.drop_reference(reference);
+  params.clear(), held_.clear(), references_.clear();
+}
+
+TensorTable::Grad TensorTable::read_grad(PyObject* param, PyObject* replacement, TensorView* out) {
+  if (!replacement) {
+    if (void* reference = raw_grad(param, out)) {
+      references_.push_back(reference);
+      return Grad::kRead;
+    }
+  }
+  PyObject* grad = replacement ? Py_NewRef(item(replacement, 0)) : grad_of(param);
+  if (!grad) return PyErr_Clear(), Grad::kUnreadable;  // the parameter is not a tensor at all
+  if (grad == Py_None) {
+    Py_DECREF(grad);
+    return Grad::kNone;
+  }
+  held_.push_back(grad);
+  return read(grad, out, trail_) && placed_alike(param, grad) ? Grad::kRead : Grad::kUnreadable;
+}
+
+// False if Python must see to this parameter; true also if it has no gradient.
+bool TensorTable::gather_one(PyObject* param, PyObject* own, PyObject* state, PyObject* replacement, PyObject* spec,
+                             int group) {
+  static PyObject* nothing = PyDict_New();
+  TensorView g;
+  PyObject* stepped = replacement && item(replacement, 2) != Py_None ? item(replacement, 2) : param;
+  const Grad grad = read_grad(stepped, replacement, &g);
+  if (grad != Grad::kRead) return grad == Grad::kNone;
+  const bool fresh = replacement && item(replacement, 1) == Py_True;
+  if (!own) own = PyDict_GetItemWithError(state, param);
+  if (!own) own = nothing;
+  if (!PyDict_Check(own) || !add(stepped, g, own, spec, group, fresh)) return false;
+  Py_INCREF(param);
+  params.push_back(param);
+  return true;
 }
 
 void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, double inv_grad_scale) {
-  static PyObject* nothing = PyDict_New();
   groups.clear(), tensors.clear(), problems.clear(), sharded = false;
   release();
+  trail_.restart();
   const bool any_replaced = PyDict_Size(grads) > 0;
   // Walk the state beside the parameters: hashing a tensor calls Python, and the order mostly agrees.
   Py_ssize_t position = 0;
@@ -163,37 +205,13 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
       PyObject* param = PyList_GET_ITEM(list, i);
       PyObject* own = nullptr;
-      if (i + 4 < PyList_GET_SIZE(list)) {
-        __builtin_prefetch(PyList_GET_ITEM(list, i + 4));
-        prefetch_view(PyList_GET_ITEM(list, i + 2));
-      }
       if (param == next_param) {
         own = next_state;
         if (!PyDict_Next(state, &position, &next_param, &next_state)) next_param = nullptr;
       }
-      PyObject* grad = grad_of(param);
-      if (!grad) {  // not a tensor at all
-        PyErr_Clear();
-        problems.push_back({int(k), int(i)});
-        continue;
-      }
       PyObject* replacement = any_replaced ? PyDict_GetItemWithError(grads, param) : nullptr;
-      PyObject* used = replacement ? item(replacement, 0) : grad;
-      const bool fresh = replacement && item(replacement, 1) == Py_True;
       sharded = sharded || is_dtensor(param);
-      PyObject* stepped = replacement && item(replacement, 2) != Py_None ? item(replacement, 2) : param;
-      if (used != Py_None) {
-        if (!own) own = PyDict_GetItemWithError(state, param);
-        if (!own) own = nothing;
-        if (PyDict_Check(own) && add(stepped, used, own, spec, int(k), fresh)) {
-          Py_INCREF(param);
-          params.push_back(param);
-        } else {
-          problems.push_back({int(k), int(i)});
-        }
-      }
-      if (used == grad && used != Py_None) held_.push_back(grad);
-      else Py_DECREF(grad);
+      if (!gather_one(param, own, state, replacement, spec, int(k))) problems.push_back({int(k), int(i)});
     }
   }
   if (!problems.empty()) tensors.clear(), release();

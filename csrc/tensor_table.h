@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "pipeline.h"
+#include "raw_view.h"
 #include "streams.h"
 
 struct _object;  // PyObject
@@ -32,6 +33,7 @@ struct Group {  // what all parameters of a param_group share
 };
 
 struct Tensor {
+  Tensor() {}  // leaves unset what add() sets: zeroing it all would take longer
   int group;
   int storage;  // index in FUSEOPT_STORAGES
   int64_t n;    // elements; all streams lie in memory in the same order
@@ -83,9 +85,14 @@ class TensorTable {
   void gather(_object* groups, _object* state, _object* grads, double inv_grad_scale);
 
  private:
-  bool add(_object* param, _object* grad, _object* state, _object* spec, int group, bool fresh);
+  enum class Grad { kRead, kNone, kUnreadable };
+  Grad read_grad(_object* param, _object* replacement, TensorView* out);
+  bool gather_one(_object* param, _object* own, _object* state, _object* replacement, _object* spec, int group);
+  bool add(_object* param, const TensorView& grad, _object* state, _object* spec, int group, bool fresh);
   void cut();
-  std::vector<_object*> held_;  // gradients
+  std::vector<_object*> held_;    // gradients that Python knows
+  std::vector<void*> references_;  // and those that it does not; see raw_grad
+  Trail trail_;
 };
 
 }  // namespace fuseopt

@@ -27,17 +27,6 @@ PyGetSetDef* grad_property;  // torch.Tensor.grad, if it is a plain C property
 Shim shim;
 Py_ssize_t handle_offset = -1;  // where a Python tensor holds its at::Tensor; -1: ask `describe`
 
-int storage_of(int32_t scalar_type) {  // c10::ScalarType
-  switch (scalar_type) {
-    case 6: return 0;
-    case 7: return 1;
-    case 15: return 2;
-    case 5: return 3;
-    case 0: return kBits;
-    default: return -1;
-  }
-}
-
 bool is_plain(PyObject* object) {
   PyTypeObject* type = Py_TYPE(object);
   if (type == tensor_type || type == parameter_type) return true;
@@ -110,12 +99,6 @@ PyObject* grad_of(PyObject* param) {
   return PyObject_GetAttrString(param, "grad");
 }
 
-void prefetch_view(PyObject* object) {
-  if (handle_offset < 0) return;
-  const char* impl = *reinterpret_cast<char**>(reinterpret_cast<char*>(object) + handle_offset);
-  for (int line = 0; line < 3; ++line) __builtin_prefetch(impl + 64 * line);
-}
-
 // torch's class is only there once somebody imported its module, so it is looked up until found.
 bool is_dtensor(PyObject* object) {
   static PyTypeObject* dtensor_type = nullptr;
@@ -151,23 +134,6 @@ bool view(PyObject* object, TensorView* out) {
   }
   if (!is_plain(object)) return false;
   return handle_offset >= 0 ? view_by_shim(object, out) : view_by_python(object, out);
-}
-
-int64_t TensorView::count() const {
-  int64_t n = 1;
-  for (int d = 0; d < ndim; ++d) n *= shape[d];
-  return n;
-}
-
-bool TensorView::same_layout(const TensorView& other) const {
-  if (ndim != other.ndim) return false;
-  bool empty = false, same = true;
-  for (int d = 0; d < ndim; ++d) {
-    if (shape[d] != other.shape[d]) return false;
-    same &= strides[d] == other.strides[d] || shape[d] <= 1;
-    empty |= shape[d] == 0;
-  }
-  return same || empty;
 }
 
 bool TensorView::contiguous(const int* order) const {

@@ -25,6 +25,17 @@ struct TensorView {
 };
 constexpr int kBits = 100;
 
+inline int storage_of(int32_t scalar_type) {  // of a c10::ScalarType
+  switch (scalar_type) {
+    case 6: return 0;
+    case 7: return 1;
+    case 15: return 2;
+    case 5: return 3;
+    case 0: return kBits;
+    default: return -1;
+  }
+}
+
 // Called once at import: torch.Tensor, torch.nn.Parameter, `describe(tensor)` which returns (address,
 // storage, shape, strides), and from fuseopt/torch_abi.py the addresses of torch's C functions with the
 // offset of the at::Tensor in a Python tensor. Without functions, `describe` is used.
@@ -34,9 +45,6 @@ void set_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* descri
 // `.grad` of a parameter: a new reference, or nullptr with a Python exception set.
 PyObject* grad_of(PyObject* param);
 
-// Asks for the memory that view() will read; what lies behind it is cold where tensors are many.
-void prefetch_view(PyObject* object);
-
 // False when `object` is not a plain tensor: another kind of object, a wrapper subclass, sparse. Of a DTensor
 // it shows the local tensor. Leaves no Python exception behind.
 bool view(PyObject* object, TensorView* out);
@@ -45,5 +53,22 @@ bool is_dtensor(PyObject* object);
 
 // False for two DTensors that lie on the processes in different ways. A plain tensor stands for a part.
 bool placed_alike(PyObject* a, PyObject* b);
+
+inline int64_t TensorView::count() const {
+  int64_t n = 1;
+  for (int d = 0; d < ndim; ++d) n *= shape[d];
+  return n;
+}
+
+inline bool TensorView::same_layout(const TensorView& other) const {
+  if (ndim != other.ndim) return false;
+  bool empty = false, same = true;
+  for (int d = 0; d < ndim; ++d) {
+    if (shape[d] != other.shape[d]) return false;
+    same &= strides[d] == other.strides[d] || shape[d] <= 1;
+    empty |= shape[d] == 0;
+  }
+  return same || empty;
+}
 
 }  // namespace fuseopt

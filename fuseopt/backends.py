@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import distributed, plan, reference, schema, select, torch_abi
+from . import distributed, plan, reference, schema, select, torch_abi, torch_layout
 from .checks import in_layout_of
 from .interrupts import at_once, held
 from .stages import mask, statistics
@@ -25,8 +25,14 @@ def _load() -> tuple[ModuleType | None, str | None]:
         from . import _C
     except ImportError as error:
         return None, f"the compiled module fuseopt._C is missing ({error}); install a C++ compiler, then fuseopt again"
-    _C.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, *torch_abi.find())
+    connect(_C, *torch_abi.find(), torch_layout.find())
     return _C, None
+
+
+def connect(native: ModuleType, functions: list[int], handle_offset: int, layout: list[int]) -> None:
+    """Tell the compiled module how to read tensors: by layout, by torch's C functions, or through Python."""
+    native.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, functions, handle_offset)
+    native.set_layout(torch.Tensor, torch.nn.Parameter, handle_offset, layout, torch_abi.more_functions())
 
 
 _native, _why_not = _load()
@@ -141,11 +147,11 @@ def _spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tupl
 
 
 def _gather(opt, step: plan.Step, replaced: dict) -> tuple:
-    """(table, specs, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says."""
+    """(table, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says."""
     if opt._table is None:
         opt._table = _native.TensorTable()
     specs = [_spec(gs, gs.group["params"], gs.slots, gs.counters, gs.emas) for gs in step.groups]
-    return opt._table, specs, opt._table.gather(specs, opt.state, replaced, step.inv_grad_scale)
+    return opt._table, opt._table.gather(specs, opt.state, replaced, step.inv_grad_scale)
 
 
 def _cpu_steady_step(opt, step: plan.Step) -> bool:
@@ -155,33 +161,32 @@ def _cpu_steady_step(opt, step: plan.Step) -> bool:
         return False
     if plan.without_prune_mask(opt, step):
         return False
-    table, specs, problems = _gather(opt, step, {})
+    table, problems = _gather(opt, step, {})
     if problems:
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     run = map(table.run, (_norm(opt, table),), (False,))
-    at_once(run, map(_increment_version, _written(specs, table)), count)
+    at_once(run, map(table.mark_written, (_increment_version,)), count)
     table.release()
     return True
 
 
 @torch.no_grad()
 def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
-    table, specs, problems = _gather(opt, step, {})
+    table, problems = _gather(opt, step, {})
     wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
     prepared = _prepare(opt, step, _stepped(step) if step.t == 1 else wanting)
     # Parameters with gaps are stepped in a copy without.
     filled = {p: in_layout_of(distributed.local(p), distributed.local(p)) for p in prepared}
     if plan.add_prune_masks(opt, step) or prepared:
         replaced = {p: (made.grad, made.fresh, filled[p]) for p, made in prepared.items()}
-        table, specs, problems = _gather(opt, step, replaced)
+        table, problems = _gather(opt, step, replaced)
         if problems:
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
     sums = table.run(_norm(opt, table), opt.defaults["statistics"])
     if opt.defaults["statistics"]:
         opt._statistics = statistics.result(_total(opt, table, sums, statistics.WIDTH))
-    for params in _written(specs, table):
-        _increment_version(params)
+    table.mark_written(_increment_version)
     table.release()
     for p, copy in filled.items():
         if copy is not distributed.local(p):
@@ -202,13 +207,6 @@ def _norm(opt, table) -> float:
     if shared and any(group["max_grad_norm"] for group in opt.param_groups):
         return math.sqrt(_total(opt, table, table.squares(), 1)[0])
     return -1.0
-
-
-def _written(specs: list[tuple], table) -> list[list[Tensor]]:
-    """Lists of what was stepped, whose versions are bumped as torch's in-place operations bump them."""
-    if len(table) == sum(len(spec[0]) for spec in specs):  # everything: spare the list
-        return [spec[0] for spec in specs]
-    return [table.params()]
 
 
 class _CpuRanker:

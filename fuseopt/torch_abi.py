@@ -20,15 +20,26 @@ FUNCTIONS = ("layout", "device_type", "dtype", "dim", "sizes", "strides", "data_
 
 def find() -> tuple[list[int], int]:
     """(addresses of torch's C functions, offset of the at::Tensor in a Python tensor); ([], -1) if not found."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        addresses = [
-            ctypes.cast(getattr(library, f"aoti_torch_get_{name}"), ctypes.c_void_p).value for name in FUNCTIONS
-        ]
-    except (OSError, AttributeError):
+    addresses = [_address(f"aoti_torch_get_{name}") for name in FUNCTIONS]
+    if not all(addresses):
         return [], -1
     offset = _offset([torch.zeros(2), torch.ones(3, 1), torch.nn.Parameter(torch.zeros(1)), torch.zeros(())])
     return (addresses, offset) if offset is not None else ([], -1)
+
+
+def more_functions() -> list[int]:
+    """Addresses of torch::autograd::impl::bump_version(at::Tensor const&), 0 if torch has none, and of the
+    functions that hold a tensor and let go of it; [] if torch lacks those."""
+    held = [_address("aoti_torch_new_tensor_handle"), _address("aoti_torch_delete_tensor_object")]
+    return [_address("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"), *held] if all(held) else []
+
+
+def _address(name: str) -> int:
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
 
 
 def _offset(samples: list[Tensor]) -> int | None:

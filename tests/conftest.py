@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import pytest
 import torch
 
-from fuseopt import backends, torch_abi
+from fuseopt import backends, torch_abi, torch_layout
 
 
 @pytest.fixture(params=("cpu", "torch"))
@@ -29,7 +29,7 @@ def native():
     chosen, threads = _C.instruction_set(), torch.get_num_threads()
     yield _C
     _C.set_instruction_set(chosen)
-    _C.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, *torch_abi.find())
+    backends.connect(_C, *torch_abi.find(), torch_layout.find())
     torch.set_num_threads(threads)
 
 
