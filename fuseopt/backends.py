@@ -77,7 +77,10 @@ def why(opt) -> str:
 
 def _device(opt) -> str:
     """The type of the device that the parameters lie on; checks.py sees to it that it is one."""
-    return next((p.device.type for group in opt.param_groups for p in group["params"]), "cpu")
+    for group in opt.param_groups:
+        for p in group["params"]:
+            return p.device.type
+    return "cpu"
 
 
 def run(opt, step: plan.Step) -> None:

@@ -58,7 +58,7 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float) -> GroupStep:
         ema.names(group),
         hyper,
         stage,
-        tuple(ema.weight(one, t) for one in group["ema"]),
+        tuple([ema.weight(one, t) for one in group["ema"]]),
         sparsity,
         sparsity is not None or threshold > 0,
     )

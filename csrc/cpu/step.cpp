@@ -116,10 +116,28 @@ void step_block(const BlockView& view, Sums* sums) {
   for (int64_t begin = 0; begin < view.n; begin += kTile) step_tile(view, begin, sums);
 }
 
+// Asks for the start of what a block will work on: of a small tensor that is all, and no run for the hardware
+// to follow.
+void prefetch(const TensorTable& table, int b) {
+  constexpr int64_t most = 256;
+  const Block& block = table.blocks[b];
+  if (block.begin > 0) return;
+  const Tensor& t = table.tensors[block.tensor];
+  const Group& group = table.groups[t.group];
+  const int64_t bytes = std::min(most, block.n * element_size(t.storage));
+  const auto fetch = [&](const void* stream) {
+    for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(static_cast<const char*>(stream) + k);
+  };
+  fetch(t.p), fetch(t.g);
+  for (int k = 0; k < group.slots; ++k) fetch(t.slot[k]);
+  for (int k = 0; k < group.n_ema; ++k) fetch(t.ema[k]);
+}
+
 // The blocks of an item; neighbours in one tensor are taken together, so that streams run on.
 void step_item(const TensorTable& table, int item) {
   for (int b = table.items[item]; b < table.items[item + 1];) {
     BlockView view(table, table.blocks[b]);
+    if (b + 3 < table.items[item + 1]) prefetch(table, b + 3);
     for (++b; b < table.items[item + 1] && table.blocks[b].begin > 0; ++b) view.n += table.blocks[b].n;
     if (!step_at_once(view)) step_block(view, nullptr);
   }

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..schema import MAX_EMA
 
 WARMUPS = (None, "timm")
+NAMES = tuple(f"ema_{k}" for k in range(MAX_EMA))  # state keys
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def update(e: Tensor, p: Tensor, w: float, pruned: Tensor | None) -> Tensor:
 
 def names(group: dict) -> tuple[str, ...]:
     """The state keys of a group's averages."""
-    return tuple(f"ema_{k}" for k in range(len(group["ema"])))
+    return NAMES[: len(group["ema"])]
 
 
 def normalise(group: dict) -> None:
