@@ -82,11 +82,18 @@ def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor 
         )
     if opt.defaults["backend"] == "cpu" and p.device.type != "cpu":
         raise ValueError(f"{name} is on {p.device} and backend='cpu' was asked for; move it, or leave backend out")
+    check_memory(name, "", p)
     if g is not None:
         check_gradient(name, whole, g)
     for key in slots + emas + counters:
         check_state(name, whole, key, state.get(key), key in counters, key in emas)
     mask.check_state(name, p, state)
+
+
+def check_memory(name: Name, what: str, x: Tensor) -> None:
+    """Raise ValueError if the storage of x, which is `what` of a parameter, was freed under it."""
+    if x.numel() and x.layout == torch.strided and not x.untyped_storage().nbytes():
+        raise ValueError(f"{what}{name} has no memory: its storage was freed; resize and fill it before step()")
 
 
 def check_gradient(name: Name, p: Tensor, g: Tensor) -> None:
@@ -99,6 +106,7 @@ def check_gradient(name: Name, p: Tensor, g: Tensor) -> None:
         raise TypeError(f"the gradient of {name} has dtype {g.dtype}, the parameter {p.dtype}; convert one of them")
     if g.device != p.device:
         raise ValueError(f"the gradient of {name} is on {g.device}, the parameter on {p.device}; move one of them")
+    check_memory(name, "the gradient of ", g)
 
 
 def check_state(name: Name, p: Tensor, key: str, value, is_counter: bool, is_ema: bool) -> None:
@@ -121,6 +129,7 @@ def check_state(name: Name, p: Tensor, key: str, value, is_counter: bool, is_ema
         raise TypeError(f"state {key!r} of {name} has dtype {value.dtype}, not {expected}; convert it, or {remedy}")
     if value.device != p.device:
         raise ValueError(f"state {key!r} of {name} is on {value.device}, not {p.device}; move it, or {remedy}")
+    check_memory(name, f"state {key!r} of ", value)
 
 
 def apart(p: Tensor) -> bool:

@@ -22,7 +22,7 @@ def find() -> list[int]:
     """[key set of a plain tensor, then the offsets of `struct Layout` in csrc/raw_view.cpp]; [] if not found."""
     try:
         return _layout(_plain_samples(), _other_samples())
-    except (LookupError, RuntimeError, AttributeError, StopIteration):
+    except Exception:  # another torch may differ in any way, and must still be importable with
         return []
 
 

@@ -1,4 +1,4 @@
-"""What a step works on: sizes, layouts, moved storage, replaced state, groups that come late, the readers."""
+"""What a step works on: sizes, layouts, moved storage, replaced state, groups that come late."""
 
 import copy
 
@@ -14,7 +14,6 @@ from cases import (
     STAGE,
     TRAJECTORY,
     Stage,
-    all_params,
     assert_close,
     assert_same_bits,
     assert_same_state,
@@ -23,11 +22,10 @@ from cases import (
     like,
     parameters,
     run,
-    set_gradients,
 )
 
 import fuseopt
-from fuseopt import EMA, Prune, backends, torch_abi, torch_layout
+from fuseopt import EMA, Prune
 
 
 @pytest.mark.parametrize("rule", ONE_EACH, ids=ident)
@@ -325,65 +323,6 @@ def test_subclasses_without_storage_are_refused(native):
         opt.step()
     assert_same_bits(good, before)
     assert not opt.state
-
-
-# ---- the readers ------------------------------------------------------------------------------------
-
-READERS = {  # what the compiled module is told: torch's C functions and the offset of a tensor's handle, its layout
-    "raw": lambda: (*torch_abi.find(), torch_layout.find()),
-    "functions": lambda: (*torch_abi.find(), []),
-    "python": lambda: ([], -1, []),
-}
-
-
-@pytest.mark.parametrize("rule", ONE_EACH, ids=ident)
-def test_all_readers_give_the_same_bits(rule, native, monkeypatch):
-    """The compiled module reads tensors at known offsets, by torch's C interface, or through Python."""
-    shapes = [(33, 31), (), (0, 3), (40_000,), (3, 5, 2, 2), (2, 1, 2, 1, 2, 3)]
-    results, calls = [], []
-    describe = torch_abi.describe
-    monkeypatch.setattr(torch_abi, "describe", lambda t: (calls.append(t), describe(t))[1])
-    for reader in READERS.values():
-        backends.connect(native, *reader())
-        params = parameters(shapes)
-        params[4] = memory(params[4], "channels_last")
-        results.append(run(STAGE["everything"].build(rule, params, F32, backend="cpu"), params))
-    assert calls, "the fallback was not used"
-    assert_same_state(results[0], results[1])
-    assert_same_state(results[0], results[2])
-
-
-@pytest.mark.parametrize("reader", ("raw", "functions"))
-def test_the_fast_reader_is_used(reader, native, monkeypatch):
-    """With this torch the fallbacks must not be what runs."""
-    functions, offset, layout = READERS[reader]()
-    assert functions and offset > 0 and (layout or reader != "raw")
-
-    def describe(t):
-        raise AssertionError("read through Python")
-
-    monkeypatch.setattr(torch_abi, "describe", describe)
-    backends.connect(native, functions if reader == "functions" else [0] * len(functions), offset, layout)
-    (p,) = parameters([(5,)])  # read by functions at address 0 it would crash
-    run(fuseopt.AdamW([p], backend="cpu"), [p], 2)
-    assert all_params(fuseopt.AdamW([p]))
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_the_readers_refuse_alike(reader, native):
-    """Integers, other devices, sparse and complex tensors: an error either way, not a wrong address."""
-    backends.connect(native, *READERS[reader]())
-    for p in (
-        torch.ones(3, dtype=torch.complex64),
-        torch.ones(3, dtype=torch.int64),
-        torch.ones(3, device="meta"),
-        torch.ones(3, dtype=torch.float8_e4m3fn),
-    ):
-        p.grad = torch.ones_like(p)
-        opt = fuseopt.SGD([("w", p)], lr=0.1, backend="cpu")
-        with pytest.raises((TypeError, ValueError), match="w"):
-            opt.step()
-    set_gradients([], 1)
 
 
 # ---- memory that changes under the masks, and objects that are not what they seem -----------------
