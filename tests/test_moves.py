@@ -202,7 +202,7 @@ def give(params, t, how):
 
 
 ONCE = (more_dimensions, one_left_out, shrunk_at_its_address, new_data_in_another_order)  # the others twice
-STILL_TRAINED = (one_put_in, groups_reversed, one_left_out)  # the old memory
+NOT_LEFT = (one_put_in, groups_reversed, one_left_out, lazily_cloned)  # asking a lazy clone's address would copy it
 
 
 def move_both(move, pairs) -> list:
@@ -211,7 +211,7 @@ def move_both(move, pairs) -> list:
     for opt, params in pairs:
         old = params[1].data
         move(opt, params)
-        if move not in STILL_TRAINED and old.data_ptr() != params[1].data_ptr():
+        if move not in NOT_LEFT and old.data_ptr() != params[1].data_ptr():
             left.append((old, old.clone()))
     return left
 

@@ -13,11 +13,21 @@ from cases import (
     ident,
     parameters,
     run,
-    set_gradients,
 )
 
 import fuseopt
-from fuseopt import backends, torch_abi, torch_layout
+from fuseopt import backends, plan, torch_abi, torch_layout
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that has no storage of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    __torch_dispatch__ = classmethod(lambda cls, f, types, args=(), kwargs=None: NotImplemented)
+
 
 READERS = {  # what the compiled module is told: torch's C functions and the offset of a tensor's handle, its layout
     "raw": lambda: (*torch_abi.find(), torch_layout.find()),
@@ -73,7 +83,11 @@ def test_the_readers_refuse_alike(reader, native):
         opt = fuseopt.SGD([("w", p)], lr=0.1, backend="cpu")
         with pytest.raises((TypeError, ValueError), match="w"):
             opt.step()
-    set_gradients([], 1)
+    p = torch.nn.Parameter(torch.ones(3))
+    for g in (torch.ones(3).to_sparse(), Wrapped(torch.ones(3))):
+        p.grad = g
+        with pytest.raises((TypeError, ValueError), match="w"):
+            fuseopt.SGD([("w", p)], lr=0.1, backend="cpu").step()
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -104,10 +118,28 @@ def test_a_layout_that_is_not_found_is_not_used(native, monkeypatch):
 
 
 def test_inference_tensors_have_no_version(native):
-    """They are stepped, as torch does, and have no version to bump."""
+    """They are stepped and have no version to bump, which torch's function would refuse."""
     with torch.inference_mode():
         p = torch.ones(16)
         p.grad = torch.ones(16)
-        opt = fuseopt.SGD([p], lr=1.0, backend="cpu")
+        opt = fuseopt.SGD([p], lr=0.25, backend="cpu")
         opt.step()
-        assert (p == 0).all()
+    opt.step()
+    assert (p == 0.5).all()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_gradients_are_held_until_the_pass_is_over(reader, native):
+    """The pass runs without the interpreter's lock, so another thread may drop a gradient meanwhile."""
+    backends.connect(native, *READERS[reader]())
+    p = torch.nn.Parameter(torch.zeros(1000))
+    opt = fuseopt.SGD([p], lr=1.0)
+    (p * 3).sum().backward()
+    (group,) = plan.Step(opt, 1, 1.0).groups
+    table = native.TensorTable()
+    assert not table.gather([backends._spec(group, [p], (), (), ())], opt.state, {}, 1.0)
+    p.grad = None
+    taken = [torch.full((1000,), 9.0) for _ in range(8)]
+    table.run(False)
+    assert (p == -3).all() and taken
+    table.release()
