@@ -148,7 +148,7 @@ def measure_case(name: str, shape: str, seconds: float) -> list[dict]:
     data, rows = Data(case), []
     variants = pair(case, data)
     buffer = torch.zeros(cache_bytes() // 4)
-    repeats = max(2, 2000 // case.shapes.__len__() // 2) if len(case.shapes) < 1000 else 4
+    repeats = max(2, 5000 // len(case.shapes))  # of a hot sample
     for way in WAYS if not case.full else ("hot", "cold"):  # a recipe writes its gradients: no backward before each
         clock, others = Clock(data, way, buffer), measure.Others()
         ours, theirs = rounds(clock, variants, seconds, repeats)

@@ -137,7 +137,7 @@ void prefetch(const TensorTable& table, int b) {
 void step_item(const TensorTable& table, int item) {
   for (int b = table.items[item]; b < table.items[item + 1];) {
     BlockView view(table, table.blocks[b]);
-    if (b + 3 < table.items[item + 1]) prefetch(table, b + 3);
+    if (b + 4 < table.items[item + 1]) prefetch(table, b + 4);
     for (++b; b < table.items[item + 1] && table.blocks[b].begin > 0; ++b) view.n += table.blocks[b].n;
     if (!step_at_once(view)) step_block(view, nullptr);
   }
