@@ -52,6 +52,9 @@ class Timed:
         for name in PARTS:
             setattr(self, name, self._timed(name, getattr(table, name)))
 
+    def __getattr__(self, name: str):
+        return getattr(self.table, name)
+
     def _timed(self, name: str, call: Callable) -> Callable:
         def timed(*args):
             start = time.perf_counter()

@@ -140,6 +140,19 @@ def test_gradients_are_held_until_the_pass_is_over(reader, native):
     assert not table.gather([backends._spec(group, [p], (), (), ())], opt.state, {}, 1.0)
     p.grad = None
     taken = [torch.full((1000,), 9.0) for _ in range(8)]
-    table.run(False)
+    table.run(-1.0, False)
     assert (p == -3).all() and taken
     table.release()
+
+
+def test_versions_are_bumped_without_torchs_function(native, monkeypatch):
+    """Its name is not part of torch's C interface; where it is missing, Python bumps."""
+    _, *rest = torch_abi.more_functions()
+    monkeypatch.setattr(torch_abi, "more_functions", lambda: [0, *rest])
+    backends.connect(native, *READERS["raw"]())
+    p, q = parameters([(16,), (16,)])
+    opt = fuseopt.SGD([p, q], lr=1.0)
+    p.grad = torch.ones(16)
+    before = p._version, q._version
+    opt.step()
+    assert p._version > before[0] and q._version == before[1]
