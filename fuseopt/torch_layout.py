@@ -19,7 +19,7 @@ SCALAR_TYPES = {torch.float32: 6, torch.float64: 7, torch.bfloat16: 15, torch.fl
 
 
 def find() -> list[int]:
-    """[key set of a plain tensor, then the offsets of `struct Layout` in csrc/raw_view.cpp]; [] if not found."""
+    """[key set of a plain tensor, then the offsets of `struct Layout` in csrc/raw_view.h]; [] if not found."""
     try:
         return _layout(_plain_samples(), _other_samples())
     except Exception:  # another torch may differ in any way, and must still be importable with
@@ -37,7 +37,8 @@ def _other_samples() -> list[Tensor]:
     with torch.inference_mode():
         inference = torch.zeros(3)
     negative = torch.zeros(3, dtype=torch.complex64).conj().imag
-    return [torch.zeros(3, device="meta"), torch.zeros(3).to_sparse(), negative, inference, torch.zeros(3).to_mkldnn()]
+    others = [torch.zeros(3, device="meta"), torch.zeros(3).to_sparse(), negative, inference]
+    return [*others, torch.zeros(3).to_mkldnn()] if torch.backends.mkldnn.is_available() else others
 
 
 def _word(address: int, kind: type = ctypes.c_int64) -> int:
