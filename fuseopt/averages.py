@@ -1,9 +1,13 @@
 """Which parameters have an average, and where it belongs in a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from .checks import name_of
+from .interrupts import held
 
 
 def of(opt, k: int) -> list[tuple[Tensor, Tensor]]:
@@ -19,6 +23,34 @@ def of(opt, k: int) -> list[tuple[Tensor, Tensor]]:
         why = "take a step first" if isinstance(k, int) and 0 <= k < kept else "pass ema=fuseopt.EMA(decay)"
         raise ValueError(f"there is no average {k}: {why}")
     return pairs
+
+
+@contextmanager
+def swapped(opt, k: int) -> Iterator[None]:
+    """What FusedOptimizer.swap_ema returns."""
+    if opt._swapped:
+        raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
+    saved = [(p, p.detach().clone(), average) for p, average in of(opt, k)]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for p, own, _ in saved:
+            p.copy_(own)
+        opt._swapped = False
+
+    opt._swapped = True
+    try:
+        with torch.no_grad():
+            for p, _, average in saved:
+                p.copy_(average)
+        yield
+    finally:
+        try:
+            with held():
+                put_back()
+        except BaseException:  # an interrupt came before they were held, or waited until the end
+            put_back()
+            raise
 
 
 def match(opt, model: torch.nn.Module, k: int) -> list[tuple[Tensor, Tensor]]:

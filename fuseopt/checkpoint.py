@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import plan
 from .distributed import placed_alike
+from .options import GROUP_OPTIONS, normalise
 from .schema import compute_dtype
 from .stages import ema, mask, prune
 
@@ -173,14 +175,37 @@ def _check_values(key: str, value: Any, k: int, p: Tensor) -> None:
         )
 
 
-def own_masks(opt) -> dict[Tensor, dict]:
-    """The masks that the user set, for `restore` to keep where a checkpoint has none."""
+def load(opt, state_dict: dict[str, Any], torch_load: Callable[[dict], None]) -> None:
+    """FusedOptimizer.load_state_dict, around torch's: every check comes before anything changes."""
+    kept: dict = {}
+    check_form(state_dict)
+
+    def last_hook(_: Any, final: dict) -> dict:  # runs after the user's own
+        check_form(final)
+        check_sizes(opt, final)
+        kept.update(with_own_options(opt, final, (*GROUP_OPTIONS, "decoupled_weight_decay")))
+        for group in kept["param_groups"]:
+            normalise(group)
+        check(opt, kept)
+        return kept
+
+    hook, own_masks = opt.register_load_state_dict_pre_hook(last_hook), _own_masks(opt)
+    try:
+        torch_load(state_dict)
+    finally:
+        hook.remove()
+    _restore(opt, kept, own_masks)
+    _warn_of_fresh_starts(opt, kept)
+
+
+def _own_masks(opt) -> dict[Tensor, dict]:
+    """The masks that the user set, for `_restore` to keep where a checkpoint has none."""
     return {
         p: mask.entries(state) for p, state in opt.state.items() if isinstance(state, dict) and "mask_keep" in state
     }
 
 
-def restore(opt, state_dict: dict[str, Any], own_masks: dict[Tensor, dict]) -> None:
+def _restore(opt, state_dict: dict[str, Any], own_masks: dict[Tensor, dict]) -> None:
     """Undo torch's cast of stage state to the parameter's type; bring masks into the form that steps read."""
     ids = [k for group in state_dict["param_groups"] for k in group["params"]]
     for k, p in zip(ids, _numbered(opt), strict=True):
@@ -196,7 +221,7 @@ def restore(opt, state_dict: dict[str, Any], own_masks: dict[Tensor, dict]) -> N
                 opt.state[p][key] = value.cpu() if value.dtype == torch.float64 else value.to("cpu", torch.float32)
 
 
-def warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
+def _warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
     """Tell what this optimizer keeps and the checkpoint, of torch or of other options, has not."""
     states = [state for state in state_dict["state"].values() if isinstance(state, dict)]
     saved = {key for state in states for key in state}
@@ -210,5 +235,5 @@ def warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
             f"the checkpoint does not hold all that {type(opt).__name__} keeps here: {'; '.join(missing)}. "
             f"Schedules go on from its {steps} steps",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

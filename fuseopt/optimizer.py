@@ -6,39 +6,18 @@ in double) -> backends (compiled pass or torch reference) -> pruning, if this st
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import averages, backends, checkpoint, checks, distributed, explain, plan
-from .interrupts import held
-from .stages import clip, decay, ema, mask, prune
-
-try:  # Python 3.11
-    from typing import Unpack
-except ImportError:  # typing_extensions comes with torch
-    from typing_extensions import Unpack
+from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
+from .stages import mask
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
-
-
-class StageOptions(TypedDict, total=False):
-    """The keyword options that every optimizer takes beside torch's own; see FusedOptimizer."""
-
-    max_grad_norm: float | None
-    l1: float
-    ema: Any
-    prune: Any
-    statistics: bool
-    backend: str | None
-    sharded: bool
-
-
-GROUP_OPTIONS = {"max_grad_norm": None, "l1": 0.0, "ema": None, "prune": None}
-WHOLE_OPTIONS = {"statistics": False, "backend": None, "sharded": False}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -118,7 +97,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _set_stage_defaults(self, stages: dict, differentiable: bool, **more: Any) -> None:
         """Validate the stage options; called before torch's constructor looks at the parameters."""
-        _refuse_differentiable(differentiable)
+        refuse_differentiable(differentiable)
         allowed = {**GROUP_OPTIONS, **WHOLE_OPTIONS}
         for name in stages:
             if name not in allowed:
@@ -127,7 +106,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
         defaults = {**allowed, **stages, **more}
         backends.check_name(defaults["backend"])
-        _normalise(defaults)
+        normalise(defaults)
         self._stage_defaults = defaults
 
     def add_param_group(self, param_group: dict) -> None:
@@ -146,10 +125,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:
                     param_group.setdefault(name, copy.deepcopy(self.defaults[name]))
-            _normalise(param_group)
+            normalise(param_group)
             param_group["steps"] = self._steps()  # not what another optimizer left in the caller's dict
         super().add_param_group(param_group)
-        _drop_whole_options(param_group)
+        drop_whole(param_group)
         self._statistics = None
 
     def __setstate__(self, state: dict) -> None:
@@ -160,7 +139,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:
                     group.setdefault(name, copy.deepcopy(self.defaults[name]))
-            _drop_whole_options(group)
+            drop_whole(group)
         steps = max(self._steps(), checkpoint.steps_of(self))  # torch keeps our count and does not advance it
         for group in self.param_groups:
             group["steps"] = steps
@@ -175,7 +154,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         edited = [dict(zip(GROUP_OPTIONS, values, strict=True)) for values in now]
         for options in edited:
-            _normalise(options)
+            normalise(options)
         for group, options in zip(self.param_groups, edited, strict=True):
             group.update(options)
         self._valid = [tuple(copy.deepcopy(options).values()) for options in edited]
@@ -251,37 +230,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         pruned = mask.pruned(self.state.get(p, {}), distributed.local(p))
         return None if pruned is None else distributed.whole(p, pruned, set(range(p.dim())))
 
-    @contextmanager
-    def swap_ema(self, k: int = 0) -> Iterator[None]:
+    def swap_ema(self, k: int = 0) -> AbstractContextManager[None]:
         """Within the block the parameters hold average `k`; afterwards their own bits again.
 
         Parameters without that average (never stepped) and the model's buffers are left alone. Raises
         ValueError if there is no such average at all, RuntimeError when nested.
         """
-        if self._swapped:
-            raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
         self._validate_options()
-        saved = [(p, p.detach().clone(), average) for p, average in averages.of(self, k)]
-
-        @torch.no_grad()
-        def put_back() -> None:
-            for p, own, _ in saved:
-                p.copy_(own)
-            self._swapped = False
-
-        self._swapped = True
-        try:
-            with torch.no_grad():
-                for p, _, average in saved:
-                    p.copy_(average)
-            yield
-        finally:
-            try:
-                with held():
-                    put_back()
-            except BaseException:  # an interrupt came before they were held, or waited until the end
-                put_back()
-                raise
+        return averages.swapped(self, k)
 
     @torch.no_grad()
     def copy_ema_to(self, model: torch.nn.Module, k: int = 0) -> None:
@@ -326,45 +282,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         them) stay as they are here, and a UserWarning tells what starts anew. Raises ValueError or
         TypeError, with nothing changed, if the checkpoint is malformed or its groups or shapes differ.
         """
-        kept: dict = {}
-        checkpoint.check_form(state_dict)
-
-        def last_hook(_: Any, final: dict) -> dict:  # runs after the user's own, before anything changes
-            checkpoint.check_form(final)
-            checkpoint.check_sizes(self, final)
-            kept.update(checkpoint.with_own_options(self, final, (*GROUP_OPTIONS, "decoupled_weight_decay")))
-            for group in kept["param_groups"]:
-                _normalise(group)
-            checkpoint.check(self, kept)
-            return kept
-
-        hook, own_masks = self.register_load_state_dict_pre_hook(last_hook), checkpoint.own_masks(self)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-        checkpoint.restore(self, kept, own_masks)
-        checkpoint.warn_of_fresh_starts(self, kept)
+        checkpoint.load(self, state_dict, super().load_state_dict)
 
 
 _eager_step = torch._disable_dynamo(FusedOptimizer.step)
-
-
-def _drop_whole_options(group: dict) -> None:
-    """Remove what torch copies from the defaults into every group, though it holds for the optimizer."""
-    for name in WHOLE_OPTIONS:
-        group.pop(name, None)
-
-
-def _refuse_differentiable(differentiable: bool) -> None:
-    if differentiable:
-        raise ValueError("fuseopt does not support differentiable=True; use the class of torch.optim")
-
-
-def _normalise(group: dict) -> None:
-    """Validate the stage options of a group and turn them into plain data."""
-    _refuse_differentiable(group.get("differentiable", False))
-    decay.check(group)
-    clip.check(group)
-    ema.normalise(group)
-    prune.normalise(group)

@@ -28,7 +28,7 @@ def test_the_make_targets_exist():
 
 
 def test_every_option_of_the_table_exists():
-    parameters = {*fuseopt.optimizer.GROUP_OPTIONS, *fuseopt.optimizer.WHOLE_OPTIONS}
+    parameters = {*fuseopt.options.GROUP_OPTIONS, *fuseopt.options.WHOLE_OPTIONS}
     table = README.split("## Options")[1].split("## ")[0]
     named = set(re.findall(r"^\| `(\w+)=", table, re.MULTILINE))
     assert named - {"decoupled_weight_decay"} == parameters

@@ -1,0 +1,49 @@
+"""The options that every optimizer takes beside torch's own, and their validation."""
+
+from typing import Any, TypedDict
+
+from .stages import clip, decay, ema, prune
+
+try:  # Python 3.11
+    from typing import Unpack
+except ImportError:  # typing_extensions comes with torch
+    from typing_extensions import Unpack
+
+__all__ = ["StageOptions", "Unpack"]
+
+
+class StageOptions(TypedDict, total=False):
+    """The keyword options; see FusedOptimizer."""
+
+    max_grad_norm: float | None
+    l1: float
+    ema: Any
+    prune: Any
+    statistics: bool
+    backend: str | None
+    sharded: bool
+
+
+GROUP_OPTIONS = {"max_grad_norm": None, "l1": 0.0, "ema": None, "prune": None}
+WHOLE_OPTIONS = {"statistics": False, "backend": None, "sharded": False}
+
+
+def drop_whole(group: dict) -> None:
+    """Remove what torch copies from the defaults into every group, though it holds for the optimizer."""
+    for name in WHOLE_OPTIONS:
+        group.pop(name, None)
+
+
+def refuse_differentiable(differentiable: bool) -> None:
+    """Raise ValueError for torch's differentiable=True."""
+    if differentiable:
+        raise ValueError("fuseopt does not support differentiable=True; use the class of torch.optim")
+
+
+def normalise(group: dict) -> None:
+    """Validate the stage options of a group and turn them into plain data."""
+    refuse_differentiable(group.get("differentiable", False))
+    decay.check(group)
+    clip.check(group)
+    ema.normalise(group)
+    prune.normalise(group)
