@@ -1,6 +1,7 @@
 """What test_engines.py runs under torch's own distributed engines; in a module that workers can import."""
 
 import copy
+import runpy
 import warnings
 
 import torch
@@ -186,3 +187,15 @@ def overflow_on_one_process(cls) -> list[tuple]:
         scaler.update()
         found.append((scaler.get_scale(), weights(model)["0.weight"]))
     return found
+
+
+def example(path: str, folder: str) -> dict:
+    """examples/fsdp2.py: without extras ours and torch's, with them whole and resumed half-way."""
+    train = runpy.run_path(path)["train"]
+    return {
+        "ours": train(options={}, last=20)[0],
+        "torch": train(torch.optim.AdamW, options={"fused": True}, last=20)[0],
+        "whole": train(last=30),
+        "first half": train(last=15, folder=folder),
+        "second half": train(last=30, folder=folder),
+    }

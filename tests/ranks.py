@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing as mp
+import os
 import tempfile
 import time
 import traceback
@@ -30,6 +31,9 @@ def _work(function: Callable, rank: int, world: int, meeting: str, results, args
         results.put((rank, file.getvalue(), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # gloo's threads may abort a process that ends in the usual way
 
 
 def _next(results, workers: list, end: float) -> tuple:

@@ -1,5 +1,7 @@
 """Under DDP, FSDP2, tensor parallel, ZeroRedundancyOptimizer and torch.distributed.checkpoint."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -100,3 +102,15 @@ def test_an_overflow_on_one_process_skips_the_step_on_all():
             assert scale == expected
             assert_close(w, v, "weights")
         assert torch.equal(ours[0][1], ours[1][1]) and not torch.equal(ours[1][1], ours[2][1])
+
+
+def test_the_example_trains_as_torchs_and_resumes(tmp_path):
+    path = Path(__file__).resolve().parents[1] / "examples" / "fsdp2.py"
+    for found in on_ranks(2, engines.example, str(path), str(tmp_path / "saved")):
+        assert found["ours"] == pytest.approx(found["torch"], rel=1e-4)
+        assert found["ours"][-1] < 0.8 * found["ours"][0]
+        (losses, zeros), (first, _), (second, resumed_zeros) = (
+            found[k] for k in ("whole", "first half", "second half")
+        )
+        assert first + second == losses and len(first) == len(second) == 15
+        assert 0 < zeros == resumed_zeros
