@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import name_of
+from .distributed import drop_gathered
 from .interrupts import held
 
 
@@ -34,6 +35,7 @@ def swapped(opt, k: int) -> Iterator[None]:
 
     @torch.no_grad()
     def put_back() -> None:
+        drop_gathered()
         for p, own, _ in saved:
             p.copy_(own)
         opt._swapped = False
@@ -41,6 +43,7 @@ def swapped(opt, k: int) -> Iterator[None]:
     opt._swapped = True
     try:
         with torch.no_grad():
+            drop_gathered()
             for p, _, average in saved:
                 p.copy_(average)
         yield
@@ -61,6 +64,7 @@ def match(opt, model: torch.nn.Module, k: int) -> list[tuple[Tensor, Tensor]]:
     """
     averaged = dict(of(opt, k))
     sources = {p: averaged.get(p, p) for group in opt.param_groups for p in group["params"]}
+    drop_gathered()  # or the model would show us the gathered copies, which are lost when written
     own = {id(p) for p in model.parameters()}
     if all(id(p) in own for p in sources):
         return list(averaged.items())

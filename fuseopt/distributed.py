@@ -35,6 +35,22 @@ def local_state(state: dict) -> dict:
     return {key: local(value) for key, value in state.items()}
 
 
+def drop_gathered() -> None:
+    """Before parameters are written outside step(): let FSDP2 gather them anew for the next forward.
+
+    A forward without backward leaves gathered copies in the model (of the root module, by default), and the
+    next forward would compute with those. A parameter does not know its module, so that all are told.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _placements(p: Tensor, dims: set[int]) -> list:
     """p's placements as far as they split these dimensions; replicated otherwise."""
     from torch.distributed.tensor import Replicate

@@ -105,6 +105,31 @@ def with_everything(engine: str) -> dict:
     return {"averages": averages, "pruned": pruned, "copied": copied, "bytes": opt.explain().bytes_per_step}
 
 
+def forwards_around_a_swap(copied: bool) -> dict:
+    """What a model sharded by FSDP2 computes in and after swap_ema, or copy_ema_to; and whole models beside it."""
+    model = fully_shard(network())
+    opt = fuseopt.AdamW(model.named_parameters(), lr=0.1, ema=EMA(0.9))
+    train(model, opt, range(4))
+    own, average = network(), network()
+    own.load_state_dict(weights(model))
+    average.load_state_dict({name: whole(opt.state[p]["ema_0"]) for name, p in model.named_parameters()})
+    found = {}
+    with torch.no_grad():
+        model(batch(4))
+        if copied:
+            opt.copy_ema_to(model)
+            model.reshard()
+            return {"average": (model(batch(4)), average(batch(4))), "weights": (weights(model), weights(average))}
+        with opt.swap_ema():
+            found["average"] = model(batch(4)), average(batch(4))
+    found["own"] = model(batch(4)), own(batch(4))
+    opt.zero_grad()
+    for one in (model, own):
+        one(batch(4)).square().mean().backward()
+    found["gradient"] = whole(model[0].weight.grad), own[0].weight.grad
+    return found
+
+
 def zero_redundancy(sharded: bool) -> dict:
     """ZeroRedundancyOptimizer, whose processes each step whole parameters of their own; or one process alone."""
     model = network()

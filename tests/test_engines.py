@@ -58,6 +58,14 @@ def test_mask_clip_prune_and_average(engine, world):
         assert shares == pytest.approx(expected["bytes"], rel=0.01)  # each moves its part only
 
 
+@pytest.mark.parametrize("copied", (False, True))
+def test_forwards_see_what_was_swapped(copied):
+    """FSDP2 keeps what a forward without backward has gathered; the weights written meanwhile must not be missed."""
+    for found in on_ranks(2, engines.forwards_around_a_swap, copied):
+        for what, (mine, expected) in found.items():
+            assert_close(mine, expected, what)
+
+
 @pytest.mark.parametrize("world", (2, 3))
 def test_zero_redundancy_optimizer(world):
     """Norm and pruning over all processes, and a consolidated checkpoint half-way."""
