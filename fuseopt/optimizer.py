@@ -250,7 +250,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self._validate_options()
         for target, average in averages.match(self, model, k):
-            target.copy_(average if distributed.placed_alike(target, average) else average.full_tensor())
+            if not distributed.placed_alike(target, average):
+                target, average = distributed.local(target), distributed.part(target, average)
+            target.copy_(average)
 
     def statistics(self) -> Mapping[str, float]:
         """The sums of the last step: grad_norm, param_norm, update_norm, zeros, nonfinite.

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,6 +128,21 @@ def forwards_around_a_swap(copied: bool) -> dict:
         one(batch(4)).square().mean().backward()
     found["gradient"] = whole(model[0].weight.grad), own[0].weight.grad
     return found
+
+
+def copied_average(placed: str, target_placed: str) -> list[tuple]:
+    """(weight, average) of a model after copy_ema_to from an optimizer whose model is placed otherwise."""
+    place = {
+        "whole": lambda model: model,
+        "rows": fully_shard,
+        "columns": lambda model: fully_shard(model, shard_placement_fn=lambda p: Shard(p.dim() - 1)),
+    }
+    model, target = place[placed](network()), place[target_placed](network())
+    opt = fuseopt.AdamW(model.named_parameters(), lr=0.1, ema=EMA(0.5))
+    train(model, opt, range(3))
+    opt.copy_ema_to(target)
+    copied = weights(target)
+    return [(copied[name], whole(opt.state[p]["ema_0"])) for name, p in model.named_parameters()]
 
 
 def zero_redundancy(sharded: bool) -> dict:

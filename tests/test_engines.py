@@ -66,6 +66,12 @@ def test_forwards_see_what_was_swapped(copied):
             assert_close(mine, expected, what)
 
 
+@pytest.mark.parametrize(("placed", "target"), [("whole", "rows"), ("rows", "columns"), ("columns", "whole")])
+def test_an_average_is_copied_to_a_model_placed_otherwise(placed, target):
+    for found in on_ranks(2, engines.copied_average, placed, target):
+        assert all(torch.equal(w, average) for w, average in found)
+
+
 @pytest.mark.parametrize("world", (2, 3))
 def test_zero_redundancy_optimizer(world):
     """Norm and pruning over all processes, and a consolidated checkpoint half-way."""
