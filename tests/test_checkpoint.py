@@ -464,3 +464,14 @@ def test_another_optimizers_checkpoint_is_refused(saved, loader, backend):
     with pytest.raises(ValueError, match="(state|lacks).*another optimizer"):
         opt.load_state_dict(other)
     before.assert_unchanged()
+
+
+def test_masks_that_were_written_into_the_state_as_booleans_are_saved_again():
+    """ZeroRedundancyOptimizer writes a checkpoint's entries itself; it may be saved again before the next step."""
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    opt = fuseopt.AdamW([p])
+    opt.mask(p, torch.arange(4)[:, None] > 0)
+    saved = opt.state_dict()
+    opt.state[p] = dict(saved["state"][0])
+    again = opt.state_dict()["state"][0]
+    assert again.keys() == saved["state"][0].keys() and torch.equal(again["mask_keep"], saved["state"][0]["mask_keep"])

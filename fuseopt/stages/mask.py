@@ -224,7 +224,9 @@ def saved(state: dict, p: Tensor, prunable: bool) -> dict:
         zeros = pruned(state, here)
         zeros = torch.zeros(here.shape, dtype=torch.bool, device=here.device) if zeros is None else zeros
         out["prune_mask"] = whole(p, zeros, set(range(p.dim())))
-    if "mask_keep" in state:
+    if "mask_keep" in state and state["mask_keep"].dtype == torch.bool:  # loaded so; see into_memory_order
+        out["mask_keep"], out["mask_freeze"] = state["mask_keep"], state["mask_freeze"]
+    elif "mask_keep" in state:
         split = {d for d, size in enumerate(state["mask_shape"]) if size > 1}
         out["mask_keep"], out["mask_freeze"] = whole(p, given(state, here), split), state["mask_freeze"]
     return out
