@@ -7,23 +7,36 @@ import torch
 from torch import Tensor
 
 from .checks import name_of
-from .distributed import drop_gathered
+from .distributed import drop_gathered, local
 from .interrupts import held
+
+
+def made(opt, p: Tensor, k: int) -> bool:
+    """Whether parameter p has average k, and a value in it."""
+    return f"ema_{k}" in opt.state.get(p, {}) and f"ema_{k}" not in opt._placeholders.get(p, ())
+
+
+def find_placeholders(opt) -> None:
+    """Note which averages hold no value yet: those that are NaN throughout."""
+    opt._placeholders.clear()
+    for p, state in opt.state.items():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if key.startswith("ema_") and isinstance(value, Tensor) and _all_nan(local(value)):
+                opt._placeholders.setdefault(p, set()).add(key)
+
+
+def _all_nan(x: Tensor) -> bool:
+    return x.numel() > 0 and bool(x.flatten()[0].isnan()) and bool(x.isnan().all())
 
 
 def of(opt, k: int) -> list[tuple[Tensor, Tensor]]:
     """(parameter, average) of every parameter that has average k. Raises ValueError if none has."""
-    pairs = [
-        (p, opt.state[p][f"ema_{k}"])
-        for group in opt.param_groups
-        for p in group["params"]
-        if p in opt.state and f"ema_{k}" in opt.state[p]
-    ]
-    if not pairs:
+    params = [p for group in opt.param_groups for p in group["params"] if made(opt, p, k)]
+    if not params:
         kept = max(len(group["ema"]) for group in opt.param_groups)
         why = "take a step first" if isinstance(k, int) and 0 <= k < kept else "pass ema=fuseopt.EMA(decay)"
         raise ValueError(f"there is no average {k}: {why}")
-    return pairs
+    return [(p, opt.state[p][f"ema_{k}"]) for p in params]
 
 
 @contextmanager

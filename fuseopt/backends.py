@@ -95,6 +95,8 @@ def run(opt, step: plan.Step) -> None:
         for selection in select.selections(opt, step):
             select.prune(opt, selection, lambda members: ranker(opt, members))
             _increment_version([p for _, p in selection.members])
+        for p in prepared:
+            opt._placeholders.pop(p, None)
         for group in opt.param_groups:
             group["steps"] = step.t
 
@@ -126,7 +128,7 @@ def _stepped(step: plan.Step) -> list[tuple[plan.GroupStep, Tensor]]:
 @torch.no_grad()
 def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     prepared = _prepare(opt, step, _stepped(step))
-    plan.add_prune_masks(opt, step)
+    plan.add_prune_masks(opt, plan.without_prune_mask(opt, step))
     reference.run(opt, step, prepared)
     return prepared
 
@@ -160,9 +162,9 @@ def _gather(opt, step: plan.Step, replaced: dict) -> tuple:
 def _cpu_steady_step(opt, step: plan.Step) -> bool:
     """Run the step if the compiled pass is all of it, in one call so that no interrupt falls between its writes;
     False, and nothing done, if something is to be made, copied, selected or summed up around it."""
-    if step.t == 1 or opt.defaults["statistics"] or any(gs.sparsity is not None for gs in step.groups):
+    if opt.defaults["statistics"] or any(gs.sparsity is not None for gs in step.groups):
         return False
-    if plan.without_prune_mask(opt, step):
+    if any(p.grad is not None for p in opt._placeholders) or plan.without_prune_mask(opt, step):
         return False
     table, problems = _gather(opt, step, {})
     if problems:
@@ -178,10 +180,12 @@ def _cpu_steady_step(opt, step: plan.Step) -> bool:
 def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     table, problems = _gather(opt, step, {})
     wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
-    prepared = _prepare(opt, step, _stepped(step) if step.t == 1 else wanting)
+    if opt._placeholders:
+        wanting = [(gs, p) for gs, p in _stepped(step) if p in opt._placeholders or any(p is q for _, q in wanting)]
+    prepared = _prepare(opt, step, wanting)
     # Parameters with gaps are stepped in a copy without.
     filled = {p: in_layout_of(distributed.local(p), distributed.local(p)) for p in prepared}
-    if plan.add_prune_masks(opt, step) or prepared:
+    if plan.add_prune_masks(opt, plan.without_prune_mask(opt, step)) or prepared:
         replaced = {p: (made.grad, made.fresh, filled[p]) for p, made in prepared.items()}
         table, problems = _gather(opt, step, replaced)
         if problems:

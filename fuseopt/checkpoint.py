@@ -34,13 +34,27 @@ def outgoing(opt, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = state_dict["state"].get(k)
         if isinstance(state, dict):
             state_dict["state"][k] = mask.saved(state, p, p in pruned)
+    state_dict["param_groups"] = [_without_neutral(opt, group) for group in state_dict["param_groups"]]
     return state_dict
+
+
+def _without_neutral(opt, group: dict) -> dict:
+    """A group without the options that are off: an optimizer that uses none saves exactly what torch's does.
+
+    torch.distributed.checkpoint loads only between dicts of the same keys.
+    """
+    off = {key for key, value in GROUP_OPTIONS.items() if group[key] == value or group[key] == []}
+    if "step" in opt.counters(group) and not any(own["ema"] or own["prune"] for own in opt.param_groups):
+        off.add("steps")  # which only their schedules read; loading takes it from the state
+    if isinstance(opt, (torch.optim.SGD, torch.optim.Adagrad)) and not group["decoupled_weight_decay"]:
+        off.add("decoupled_weight_decay")
+    return {key: value for key, value in group.items() if key not in off}
 
 
 def with_own_options(opt, state_dict: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """The state_dict, its groups given this optimizer's values of the options that they lack, as torch's do.
 
-    An optimizer without averages or pruning saves them as empty: that is lacking them, too.
+    Old checkpoints hold options that are off; lacking averages and pruning is the same as having none.
     """
     groups = []
     for own, saved in zip(opt.param_groups, state_dict["param_groups"], strict=True):
@@ -226,6 +240,7 @@ def _warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
     states = [state for state in state_dict["state"].values() if isinstance(state, dict)]
     saved = {key for state in states for key in state}
     averages = {key for group in opt.param_groups for key in ema.names(group)} - saved
+    averages |= {key for keys in opt._placeholders.values() for key in keys}
     missing = [f"{', '.join(sorted(averages))} start anew, as copies of the weights"] if averages else []
     if any(group["prune"] for group in opt.param_groups) and "prune_mask" not in saved:
         missing.append("no weight is pruned yet")

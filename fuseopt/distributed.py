@@ -104,17 +104,23 @@ def placed_alike(p: Tensor, x: Tensor) -> bool:
     return p.device_mesh == x.device_mesh and p.placements == x.placements
 
 
-def groups(p: Tensor, sharded: Any) -> tuple:
+def groups(p: Tensor | None, sharded: bool) -> tuple:
     """The process groups over which a sum over p's entries here must be reduced to be over all of them."""
     if is_dtensor(p):
         return tuple(p.device_mesh.get_group(k) for k, x in enumerate(p.placements) if hasattr(x, "dim"))
-    return () if not sharded else (dist.group.WORLD if sharded is True else sharded,)
+    return (dist.group.WORLD,) if sharded else ()
+
+
+def _device(group) -> torch.device:
+    """Where the processes of a group can talk about a tensor."""
+    able = dist.Backend.backend_capability.get(dist.get_backend(group), ["cpu"])
+    return torch.device("cpu" if "cpu" in able else able[0])
 
 
 class Parts:
     """A list of parameters by the processes that share them, so that each sum is reduced once a group."""
 
-    def __init__(self, params: list[Tensor], sharded: Any = False):
+    def __init__(self, params: list[Tensor], sharded: bool = False):
         self.params, self.sharded = params, sharded
         self.members: dict[tuple, list[int]] = {groups(None, sharded): []} if sharded else {}
         known = {}  # looking a mesh's groups up takes several microseconds
@@ -124,10 +130,9 @@ class Parts:
                 known[place] = groups(p, sharded)
             self.members.setdefault(known[place], []).append(k)
 
-    def _reduce(self, x: Tensor, over: tuple, k: int | None = None) -> Tensor:
-        if over and self.params:
-            x = x.to(local(self.params[0]).device)  # where the processes can talk about it
+    def _reduce(self, x: Tensor, over: tuple) -> Tensor:
         for group in over:
+            x = x.to(_device(group))
             dist.all_reduce(x, group=group)
         return x.cpu()
 
@@ -149,6 +154,7 @@ class Parts:
         if not self.sharded:
             return 0
         (group,) = groups(None, self.sharded)
+        count = count.to(_device(group))
         counts = [torch.zeros_like(count) for _ in range(dist.get_world_size(group))]
         dist.all_gather(counts, count, group=group)
         return int(sum(counts[: dist.get_rank(group)]))

@@ -34,8 +34,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: "cpu" (compiled), "torch" (plain torch operations), or None to choose by device.
         sharded: True where the parameters are this process's part of the model's, each on one process
             alone, as ZeroRedundancyOptimizer makes them: norm, statistics and pruning are then those of
-            all processes together (or of the process group given instead of True). DTensors need no such
-            hint. False by default.
+            all processes together. Equal magnitudes are pruned by rank before order, and swap_ema and
+            copy_ema_to reach the parameters of this process. DTensors need no such hint. Default: False.
 
     Gradients are read, never written. A rule provides kernel, slots, counters, hyper, update.
     """
@@ -106,6 +106,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
         defaults = {**allowed, **stages, **more}
         backends.check_name(defaults["backend"])
+        if not isinstance(defaults["sharded"], bool):
+            raise TypeError(f"Invalid sharded: {defaults['sharded']!r}; give True or False")
         normalise(defaults)
         self._stage_defaults = defaults
 
@@ -115,6 +117,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises ValueError for a group with other values of `statistics`, `backend` or `sharded` than the
         optimizer's: they hold for the whole of it.
         """
+        self.__dict__.setdefault("_placeholders", {})
         if self._stage_defaults is not None:  # during construction
             self.defaults.update(self._stage_defaults)
             self.__dict__.pop("_stage_defaults")
@@ -135,6 +138,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         # Not a class attribute: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
         self.__dict__.setdefault("_statistics", None)
+        self.__dict__.setdefault("_placeholders", {})
         for group in self.param_groups:
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:
@@ -143,6 +147,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         steps = max(self._steps(), checkpoint.steps_of(self))  # torch keeps our count and does not advance it
         for group in self.param_groups:
             group["steps"] = steps
+        averages.find_placeholders(self)
 
     def _steps(self) -> int:
         return max((group.get("steps", 0) for group in self.param_groups), default=0)
@@ -185,7 +190,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._validate_options()
         steps = self._steps()
         if steps == 0 and self._is_dry_run():
-            plan.make_state(self)
+            plan.make_state(self, prune_masks=True)
             return loss
         step = plan.Step(self, steps + 1, 1.0 / scale)
         backends.run(self, step)
@@ -280,7 +285,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Continue from `state_dict`: of this class or of its torch counterpart.
 
         Averages, masks and counters come back in the type they were kept in. Hyper-parameters follow the
-        checkpoint, as in torch, but `ema`, `prune` and masks that it has not (torch's, or saved without
+        checkpoint, as in torch, but stage options and masks that it has not (torch's, or saved without
         them) stay as they are here, and a UserWarning tells what starts anew. Raises ValueError or
         TypeError, with nothing changed, if the checkpoint is malformed or its groups or shapes differ.
         """

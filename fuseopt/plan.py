@@ -68,7 +68,7 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float) -> GroupStep:
 def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     """Make what p's state lacks and mend its layout; True if the moments are new.
 
-    Averages start at zero; the caller copies the parameter into them after the first update.
+    Averages start at NaN, for "no value yet"; the first update copies the parameter into them.
     """
     state = opt.state[p]
     for key in opt.counters(group):
@@ -84,7 +84,7 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     names = ema.names(group) if averages else ()
     for key in names:
         if key not in state:
-            state[key] = torch.zeros_like(p, dtype=schema.compute_dtype(p.dtype))
+            state[key] = torch.full_like(p, torch.nan, dtype=schema.compute_dtype(p.dtype))
     for key in (*opt.slots(group), *names):
         state[key] = in_layout_of(p, state[key])
     mask.into_memory_order(state, p)
@@ -92,18 +92,22 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
 
 
 @torch.no_grad()
-def make_state(opt) -> None:
-    """Make the whole state of every parameter that is trained, and change nothing else."""
+def make_state(opt, prune_masks: bool = False) -> None:
+    """Make the whole state of every parameter that is trained, and change nothing else.
+
+    Until a parameter's first step what was made holds no value: opt._placeholders tells which entries these are.
+    """
     step = Step(opt, 1, 1.0)
     wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.requires_grad or p.grad is not None]
     check_devices(opt)
     for gs, p in wanting:
         check(opt, gs.slots, gs.counters, gs.emas, p, None)
     for gs, p in wanting:
-        new = [key for key in gs.emas if key not in opt.state[p]]
+        made = {key for key in gs.slots + gs.emas if opt.state[p].get(key) is None}
         complete_state(opt, gs.group, p)
-        for key in new:
-            opt.state[p][key].copy_(p)
+        opt._placeholders[p] = opt._placeholders.get(p, set()) | made
+    if prune_masks:
+        add_prune_masks(opt, without_prune_mask(opt, step, soon=True))
 
 
 @dataclass
@@ -128,11 +132,9 @@ def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Te
     for gs, p in wanting:
         if p in prepared:  # it is listed twice
             continue
-        state = opt.state[p]
-        new_emas = [key for key in gs.emas if key not in state or step.t == 1]
-        fresh = complete_state(opt, gs.group, p)
-        # At the first step the state may have been made before, but then nothing is in it.
-        fresh |= step.t == 1 and not any(bool(local(state[key]).any()) for key in gs.slots)
+        empty = opt._placeholders.get(p, ())
+        new_emas = [key for key in gs.emas if key not in opt.state[p] or key in empty]
+        fresh = complete_state(opt, gs.group, p) or any(key in empty for key in gs.slots)
         grad = p.grad if placed_alike(p, p.grad) else p.grad.redistribute(placements=p.placements)
         prepared[p] = Prepared(in_layout_of(local(p), local(grad)), fresh, new_emas)
     return prepared
@@ -143,21 +145,20 @@ def prunable(gs: GroupStep) -> list[Tensor]:
     return list(dict.fromkeys(p for p in gs.group["params"] if prune.prunable(p)))
 
 
-def without_prune_mask(opt, step: Step) -> list[tuple[GroupStep, Tensor]]:
-    """The prunable parameters that have no bits yet."""
-    pairs = [(gs, p) for gs in step.groups if gs.prunes for p in prunable(gs)]
+def without_prune_mask(opt, step: Step, soon: bool = False) -> list[tuple[GroupStep, Tensor]]:
+    """The prunable parameters that have no bits though this step, or with `soon` some later one, needs them."""
+    pairs = [(gs, p) for gs in step.groups if gs.prunes or (soon and gs.group["prune"]) for p in prunable(gs)]
     return [(gs, p) for gs, p in pairs if "prune_mask" not in opt.state.get(p, {})]
 
 
-def add_prune_masks(opt, step: Step) -> bool:
-    """Give every prunable parameter its bits; True if any was new."""
-    added = without_prune_mask(opt, step)
-    for gs, p in added:
+def add_prune_masks(opt, missing: list[tuple[GroupStep, Tensor]]) -> bool:
+    """Give these parameters bits for what is pruned; True if there are any."""
+    for gs, p in missing:
         if gs.counters and gs.counters[0] not in opt.state[p]:
             complete_state(opt, gs.group, p, averages=False)
         opt.state[p]["prune_mask"] = mask.empty_bits(local(p).numel())
         mask.into_memory_order(opt.state[p], p)
-    return bool(added)
+    return bool(missing)
 
 
 def frozen(state: dict, p: Tensor) -> Tensor | None:

@@ -239,3 +239,35 @@ def example(path: str, folder: str) -> dict:
         "first half": train(last=15, folder=folder),
         "second half": train(last=30, folder=folder),
     }
+
+
+def torchs_files(folder: str) -> dict:
+    """torch's AdamW saves after three steps; ours, without stage options and with an average, go on from its files."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    model = fully_shard(network())
+    opt = torch.optim.AdamW(model.parameters(), fused=True, **options)
+    train(model, opt, range(3))
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+    dcp.save(state, checkpoint_id=folder)
+    train(model, opt, range(3, 6))
+    found = {"torch": weights(model)}
+    for name, extra, partial in (("ours", {}, False), ("average", {"ema": EMA(0.9)}, True)):
+        model = fully_shard(network())
+        opt = fuseopt.AdamW(model.parameters(), **options, **extra)
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, opt), strict=True))
+        dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=partial))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        train(model, opt, range(3, 4))
+        if extra:
+            found["average is a copy"] = all(
+                torch.equal(whole(p), whole(opt.state[p]["ema_0"])) for p in model.parameters()
+            )
+            found["told"] = [str(w.message) for w in told if "fuseopt" in w.filename or "AdamW" in str(w.message)]
+        train(model, opt, range(4, 6))
+        found[name] = weights(model)
+    return found

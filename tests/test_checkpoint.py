@@ -32,6 +32,7 @@ from cases import (
     like,
     parameters,
     run,
+    set_gradients,
 )
 
 import fuseopt
@@ -211,7 +212,7 @@ def test_old_checkpoints_take_defaults(backend):
     opt = run(fuseopt.AdamW([p], backend=backend), [p], 3)
     saved = through_disk(opt.state_dict())
     for key in ("l1", "ema", "prune", "max_grad_norm", "steps", "maximize", "amsgrad"):
-        saved["param_groups"][0].pop(key)
+        saved["param_groups"][0].pop(key, None)
     saved["param_groups"][0]["betas"] = [0.9, 0.999]
     other = fuseopt.AdamW(like([p]), backend=backend)
     other.load_state_dict(saved)
@@ -274,6 +275,52 @@ def test_extras_travel_as_safetensors_and_json(backend):
     other.load_state_dict(through_safetensors(opt.state_dict()))
     run(opt, params, 4, 4), run(other, copies, 4, 4)
     assert_same_state(opt, other)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.torch_has], ids=ident)
+def test_without_extras_the_keys_are_torchs(rule):
+    """So that torch.distributed.checkpoint, which loads between equal keys, takes either's for the other."""
+    params, others = parameters([(4, 4)]), parameters([(4, 4)])
+    ours = run(rule.ours(params), params, 1).state_dict()
+    torchs = run(rule.torchs(others), others, 1).state_dict()
+    assert ours["state"][0].keys() == torchs["state"][0].keys() if torchs["state"] else not ours["state"]
+    more = ours["param_groups"][0].keys() ^ torchs["param_groups"][0].keys()
+    assert more == (set() if "step" in ours["state"].get(0, {}) else {"steps"})
+
+
+@pytest.mark.parametrize("way", ("mask", "dry run", "deepcopy"))
+@pytest.mark.parametrize("cls", (fuseopt.SGD, fuseopt.AdamW))
+def test_state_made_early_holds_no_value(cls, way, backend):
+    """A parameter whose first gradient comes late starts as it would if its state had not been made before."""
+    options = {"momentum": 0.9, "dampening": 0.5} if cls is fuseopt.SGD else {}
+
+    def train(early: bool):
+        params = parameters([(8, 8), (40,)])
+        opt = cls(params, lr=0.1, ema=EMA(0.9), backend=backend, **options)
+        if early and way == "dry run":
+            opt.param_groups[0]["lr"] = 0.0
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            opt.step()
+            opt.param_groups[0]["lr"] = 0.1
+            opt.zero_grad()
+        elif early:
+            opt.mask(params[0], element_mask(params[0]))
+            opt.mask(params[0], torch.ones(8, 8, dtype=torch.bool))
+            with pytest.raises(ValueError, match="take a step first"):
+                opt.swap_ema().__enter__()
+        for t in range(1, 6):
+            set_gradients(params, t)
+            if t < 3:
+                params[1].grad = None
+            if early and way == "deepcopy" and t == 2 and cls is fuseopt.AdamW:
+                params, opt = copy.deepcopy((params, opt))
+                set_gradients(params, t)
+                params[1].grad = None
+            opt.step()
+        return opt
+
+    assert_same_state(train(early=True), train(early=False))
 
 
 OF_TORCH = {
@@ -417,13 +464,13 @@ def test_a_reused_group_starts_at_the_optimizers_own_count(mid_run, backend):
 
 
 @pytest.mark.parametrize("saved", ({}, {"ema": EMA(0.25), "prune": Prune(0.25, begin=7)}), ids=("without", "with"))
-def test_averages_and_pruning_that_a_checkpoint_has_not_stay(saved, backend):
+def test_options_that_a_checkpoint_has_not_stay(saved, backend):
     params = parameters([(8, 8)])
     first = run(fuseopt.AdamW(params, lr=0.5, max_grad_norm=1.0, backend=backend, **saved), params, 2)
-    opt = fuseopt.AdamW(like(params), lr=0.1, ema=EMA(0.75), prune=Prune(0.5, begin=4), l1=0.1, backend=backend)
+    opt = fuseopt.AdamW(like(params), lr=0.1, ema=EMA(0.75), prune=Prune(0.5, begin=4), l1=1e-6, backend=backend)
     opt.load_state_dict(through_disk(first.state_dict()))
     group = opt.param_groups[0]
-    assert (group["lr"], group["max_grad_norm"], group["l1"], group["steps"]) == (0.5, 1.0, 0.0, 2)
+    assert (group["lr"], group["max_grad_norm"], group["l1"], group["steps"]) == (0.5, 1.0, 1e-6, 2)
     assert group["ema"][0]["decay"] == (0.25 if saved else 0.75)
     assert group["prune"]["sparsity"] == (0.25 if saved else 0.5)
     run(opt, all_params(opt), 2, 3)

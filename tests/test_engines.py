@@ -128,3 +128,12 @@ def test_the_example_trains_as_torchs_and_resumes(tmp_path):
         )
         assert first + second == losses and len(first) == len(second) == 15
         assert 0 < zeros == resumed_zeros
+
+
+def test_files_of_torchs_optimizer_under_torch_distributed_checkpoint(tmp_path):
+    for found in on_ranks(2, engines.torchs_files, str(tmp_path / "saved")):
+        for name, w in found["torch"].items():
+            assert_close(found["ours"][name], w, name)
+            assert_close(found["average"][name], w, name)
+        assert found["average is a copy"]
+        assert any("ema_0 start anew" in message for message in found["told"]), found["told"]

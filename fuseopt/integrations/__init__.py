@@ -8,6 +8,7 @@ timm.py          the optimizers in timm's registry
 from collections.abc import Iterable
 from contextlib import ExitStack
 
+from .. import averages
 from ..optimizer import FusedOptimizer
 
 
@@ -46,6 +47,6 @@ def swap(optimizers: Iterable[FusedOptimizer], k: int) -> ExitStack:
     """
     with ExitStack() as stack:
         for optimizer in optimizers:
-            if not optimizer._swapped and any(f"ema_{k}" in state for state in optimizer.state.values()):
+            if not optimizer._swapped and any(averages.made(optimizer, p, k) for p in optimizer.state):
                 stack.enter_context(optimizer.swap_ema(k))
         return stack.pop_all()

@@ -25,9 +25,10 @@ class Entry:
     @classmethod
     def of(cls, opt, kind: type, p: Tensor) -> "Entry":
         live = live_streams(opt, kind, p)
-        if all(group.get("steps") == 0 for group in opt.param_groups):  # what is there is still empty
-            live["emas"] = {}
-            live["moments"] = {k: v for k, v in live["moments"].items() if k != "momentum_buffer" or v.any()}
+        for key in getattr(opt, "_placeholders", {}).get(p, ()):  # made, but without a value yet
+            live["emas"].pop(key, None)
+            if key == "momentum_buffer":
+                live["moments"].pop(key, None)
         clones = {part: {k: v.clone() for k, v in streams.items()} for part, streams in live.items()}
         pruned = live_pruned(opt, p)
         return cls(flat(p).clone(), pruned=None if pruned is None else pruned.clone(), **clones)
