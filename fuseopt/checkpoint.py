@@ -239,13 +239,14 @@ def _warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
     """Tell what this optimizer keeps and the checkpoint, of torch or of other options, has not."""
     states = [state for state in state_dict["state"].values() if isinstance(state, dict)]
     saved = {key for state in states for key in state}
+    steps = max(group["steps"] for group in opt.param_groups)
     averages = {key for group in opt.param_groups for key in ema.names(group)} - saved
-    averages |= {key for keys in opt._placeholders.values() for key in keys}
+    for p, keys in opt._placeholders.items():
+        averages |= keys if float(opt.state[p].get("step", 0)) else set()  # it was stepped: there should be a value
     missing = [f"{', '.join(sorted(averages))} start anew, as copies of the weights"] if averages else []
     if any(group["prune"] for group in opt.param_groups) and "prune_mask" not in saved:
         missing.append("no weight is pruned yet")
     if states and missing:
-        steps = max(group["steps"] for group in opt.param_groups)
         warnings.warn(
             f"the checkpoint does not hold all that {type(opt).__name__} keeps here: {'; '.join(missing)}. "
             f"Schedules go on from its {steps} steps",

@@ -59,7 +59,7 @@ def assert_same(ours, theirs):
 
 
 def test_every_script_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS) == set(LOSSES)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"fsdp2"} == set(NEEDS) == set(LOSSES)  # test_engines has it
 
 
 @pytest.mark.parametrize("name", NEEDS)
