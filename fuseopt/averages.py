@@ -36,9 +36,9 @@ def swapped(opt, k: int) -> Iterator[None]:
     def put_back() -> None:
         for p, own, _ in saved:
             p.copy_(own)
-        opt._swapped = False
+        opt._swapped.clear()
 
-    opt._swapped = True
+    opt._swapped.append(k)
     try:
         with torch.no_grad():
             for p, _, average in saved:
