@@ -75,4 +75,5 @@ if __name__ == "__main__":
     losses, zeros = train(folder=folder, last=2 * STEPS if resuming else STEPS)
     if dist.get_rank() == 0 and losses:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, {zeros:.0%} of the matrices zero")
+    dist.barrier()  # gloo may abort a process that ends while another still talks to it
     dist.destroy_process_group()

@@ -51,9 +51,9 @@ def swapped(opt, k: int) -> Iterator[None]:
         drop_gathered()
         for p, own, _ in saved:
             p.copy_(own)
-        opt._swapped = False
+        opt._swapped.clear()
 
-    opt._swapped = True
+    opt._swapped.append(k)
     try:
         with torch.no_grad():
             drop_gathered()

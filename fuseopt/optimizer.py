@@ -44,7 +44,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     _stage_defaults: dict | None = None
     _table = None
     _valid: list | None = None  # the groups' stage options when they were last validated
-    _swapped = False
     _fused_asked = False
 
     @property
@@ -133,12 +132,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         drop_whole(param_group)
         self._statistics = None
+        self.__dict__.setdefault("_swapped", [])
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        # Not a class attribute: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
+        # Not class attributes: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_placeholders", {})
+        self.__dict__.setdefault("_swapped", [])  # the average that swap_ema has in; edited, so that the wrapper does too
         for group in self.param_groups:
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:

@@ -59,7 +59,8 @@ def assert_same(ours, theirs):
 
 
 def test_every_script_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} - {"fsdp2"} == set(NEEDS) == set(LOSSES)  # test_engines has it
+    elsewhere = {"fsdp2"}  # test_engines.py: it needs several processes
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - elsewhere == set(NEEDS) == set(LOSSES)
 
 
 @pytest.mark.parametrize("name", NEEDS)

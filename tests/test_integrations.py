@@ -36,9 +36,20 @@ def test_a_missing_library_is_named_with_its_remedy(module, packages, monkeypatc
     monkeypatch.delitem(sys.modules, f"fuseopt.integrations.{module}", raising=False)
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)
-    said = rf"fuseopt.integrations.{module} needs {module}.*pip install {module}, or 'fuseopt\[integrations\]'"
+    said = rf"fuseopt.integrations.{module} needs {module}, .*{packages[-1]}.*: pip install {module}, or 'fuseopt\[integrations\]'"
     with pytest.raises(ImportError, match=said):
         importlib.import_module(f"fuseopt.integrations.{module}")
+
+
+def test_a_library_that_lacks_another_says_which(monkeypatch):
+    monkeypatch.delitem(sys.modules, "fuseopt.integrations.timm", raising=False)
+    for name in [n for n in sys.modules if n.split(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    if PathFinder.find_spec("timm") is None:
+        pytest.skip("needs timm (pip install --no-deps timm)")
+    with pytest.raises(ImportError, match="needs timm, which cannot be imported .*torchvision"):
+        importlib.import_module("fuseopt.integrations.timm")
 
 
 # ---- accelerate ------------------------------------------------------------------------------------

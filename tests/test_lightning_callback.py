@@ -113,6 +113,21 @@ def test_lightning_has_its_own_weights_after_a_failed_evaluation(pl):
     assert not same(module.parameters(), average(optimizer)) and not optimizer._swapped
 
 
+def test_a_swap_through_lightnings_wrapper_is_the_optimizers(pl):
+    """self.optimizers() of a module gives the wrapper, whose step() is the optimizer's."""
+    module, trainer = lightning_run(pl, [], **EMA)
+    optimizer = trainer.optimizers[0]
+    wrapper = trainer.strategy._lightning_optimizers[0]
+    assert wrapper is not optimizer
+    for one, other in ((wrapper, optimizer), (optimizer, wrapper)):
+        with one.swap_ema():
+            with pytest.raises(RuntimeError, match="inside swap_ema"):
+                optimizer.step()
+            with pytest.raises(RuntimeError, match="inside swap_ema"):
+                with other.swap_ema():
+                    pass
+
+
 @pytest.mark.parametrize("save_average", [False, True])
 def test_lightnings_best_checkpoint_is_own_weights(pl, save_average, tmp_path):
     best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="step", mode="min")  # the first evaluation is "best"

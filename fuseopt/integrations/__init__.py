@@ -12,10 +12,10 @@ from .. import averages
 from ..optimizer import FusedOptimizer
 
 
-def missing(module: str, package: str) -> ImportError:
-    """What to raise, `from` the ImportError, where the library of `module` cannot be imported."""
+def missing(module: str, package: str, error: ImportError) -> ImportError:
+    """What to raise, `from` error, where the library of `module`, or one that it needs, cannot be imported."""
     return ImportError(
-        f"fuseopt.integrations.{module} needs {package}, which cannot be imported: "
+        f"fuseopt.integrations.{module} needs {package}, which cannot be imported ({error}): "
         f"pip install {package}, or 'fuseopt[integrations]'"
     )
 

@@ -16,7 +16,7 @@ try:
         except ImportError:
             from pytorch_lightning import Callback
 except ImportError as error:
-    raise missing("lightning", "lightning") from error
+    raise missing("lightning", "lightning", error) from error
 
 
 class EvaluateAverage(Callback):

@@ -16,7 +16,7 @@ try:
     from timm.optim import OptimInfo
     from timm.optim._optim_factory import default_registry
 except ImportError as error:
-    raise missing("timm", "timm") from error
+    raise missing("timm", "timm", error) from error
 
 PREFIX = "fuseopt-"
 BETAS = {"has_betas": True}

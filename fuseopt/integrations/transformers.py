@@ -9,7 +9,7 @@ try:
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
-    raise missing("transformers", "transformers") from error
+    raise missing("transformers", "transformers", error) from error
 
 
 class EvaluateAverage(TrainerCallback):
