@@ -150,11 +150,22 @@ def _spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tupl
 
 
 def _gather(opt, step: plan.Step, replaced: dict) -> tuple:
-    """(table, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says."""
-    if opt._table is None:
-        opt._table = _native.TensorTable()
+    """(table, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says.
+
+    The step has it to itself until `_put_back`: the interpreter's lock is open while it runs, and another thread
+    may step the same optimizer.
+    """
+    table = opt.__dict__.pop("_table", None)
+    if table is None:
+        table = _native.TensorTable()
     specs = [_spec(gs, gs.group["params"], gs.slots, gs.counters, gs.emas) for gs in step.groups]
-    return opt._table, opt._table.gather(specs, opt.state, replaced, step.inv_grad_scale)
+    return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale)
+
+
+def _put_back(opt, table) -> None:
+    """Let go of what the step read, and keep the table's memory for the next step."""
+    table.release()
+    opt._table = table
 
 
 def _cpu_steady_step(opt, step: plan.Step) -> bool:
@@ -166,11 +177,12 @@ def _cpu_steady_step(opt, step: plan.Step) -> bool:
         return False
     table, problems = _gather(opt, step, {})
     if problems:
+        _put_back(opt, table)
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     run = map(table.run, (_norm(opt, table),), (False,))
     at_once(run, map(table.mark_written, (_increment_version,)), count)
-    table.release()
+    _put_back(opt, table)
     return True
 
 
@@ -183,6 +195,7 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     filled = {p: in_layout_of(distributed.local(p), distributed.local(p)) for p in prepared}
     if plan.add_prune_masks(opt, step) or prepared:
         replaced = {p: (made.grad, made.fresh, filled[p]) for p, made in prepared.items()}
+        _put_back(opt, table)
         table, problems = _gather(opt, step, replaced)
         if problems:
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
@@ -190,7 +203,7 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     if opt.defaults["statistics"]:
         opt._statistics = statistics.result(_total(opt, table, sums, statistics.WIDTH))
     table.mark_written(_increment_version)
-    table.release()
+    _put_back(opt, table)
     for p, copy in filled.items():
         if copy is not distributed.local(p):
             distributed.local(p).copy_(copy)

@@ -7,6 +7,7 @@ before the step or those after it, and training goes on from there.
 import copy
 import multiprocessing
 import threading
+import weakref
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from workers import Data, train_in_child
 
 import fuseopt
-from fuseopt import EMA, Prune
+from fuseopt import EMA, Prune, backends
 
 SHAPES = [(33, 31), (7,), (64, 32)]
 FULL = {"max_grad_norm": 0.5, "ema": [EMA(0.9), EMA(0.99, warmup="timm")], "statistics": True}
@@ -187,6 +188,37 @@ def test_an_optimizer_goes_on_in_a_child_process(method, native):
     run(opt, params, 2, first=3)
     for p, q in zip(params, found, strict=True):
         assert_same_bits(p, q)
+
+
+def test_threads_that_step_one_optimizer(backend):
+    """As with torch's, the order of their writes is left open; nothing crashes, and every entry is a number."""
+    params = parameters([(200, 100)] * 50)
+    opt = fuseopt.AdamW(params, lr=1e-3, backend=backend)
+    set_gradients(params, 1)
+    opt.step()
+    steps = 600 if backend == "cpu" else 3
+
+    def work():
+        for _ in range(steps):
+            opt.step()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert all(torch.isfinite(p).all() and float(opt.state[p]["step"]) > 1 for p in params)
+
+
+@pytest.mark.parametrize("options", ({}, {"statistics": True}), ids=("steady", "statistics"))
+def test_a_step_that_fails_holds_no_gradients(options, monkeypatch):
+    """The memory of a gradient that the user drops after an error is free at once."""
+    (p,) = parameters([(30,)])
+    opt = fuseopt.AdamW([p], lr=0.1, backend="cpu", **options)
+    run(opt, [p], 2)
+    monkeypatch.setattr(backends, "_norm", raises)
+    grad = weakref.ref(p.grad)
+    with pytest.raises(Fault):
+        opt.step()
+    p.grad = None
+    assert grad() is None
 
 
 # ---- memory that is stepped twice -------------------------------------------------------------------
