@@ -32,17 +32,16 @@ def swapped(opt, k: int) -> Iterator[None]:
         raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
     saved = [(p, p.detach().clone(), average) for p, average in of(opt, k)]
 
-    @torch.no_grad()
+    # Detached, not under torch.no_grad(): an interrupt as that begins or ends would leave gradients off for good.
     def put_back() -> None:
         for p, own, _ in saved:
-            p.copy_(own)
+            p.detach().copy_(own)
         opt._swapped = False
 
     opt._swapped = True
     try:
-        with torch.no_grad():
-            for p, _, average in saved:
-                p.copy_(average)
+        for p, _, average in saved:
+            p.detach().copy_(average)
         yield
     finally:
         try:
