@@ -89,7 +89,7 @@ def run(opt, step: plan.Step) -> None:
     if name == "cpu" and _cpu_steady_step(opt, step):
         return
     update, ranker = TABLE[name]
-    with held():
+    with held(), torch.device("cpu"):  # where counters and counts lie, whatever torch's default device
         prepared = update(opt, step)
         _copy_into_new_averages(opt, prepared)
         for selection in select.selections(opt, step):
