@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, plan, reference, schema, select, torch_abi, torch_layout
-from .checks import in_layout_of
+from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
 from .stages import mask, statistics
 
@@ -199,15 +199,40 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
         table, problems = _gather(opt, step, replaced)
         if problems:
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
-    sums = table.run(_norm(opt, table), opt.defaults["statistics"])
+    gaps = {p: copy for p, copy in filled.items() if copy is not distributed.local(p)}
+    norm = _norm(opt, table)
+    if gaps and share_memory([distributed.local(p) for _, p in _stepped(step)]):
+        if norm < 0:
+            norm = math.sqrt(sum(row[0] for row in table.squares()))
+        sums = _run_in_turn(opt, step, prepared, norm)
+    else:
+        sums = table.run(norm, opt.defaults["statistics"])
+        table.mark_written(_increment_version)
+        for p, copy in gaps.items():
+            distributed.local(p).copy_(copy)
     if opt.defaults["statistics"]:
         opt._statistics = statistics.result(_total(opt, table, sums, statistics.WIDTH))
-    table.mark_written(_increment_version)
     _put_back(opt, table)
-    for p, copy in filled.items():
-        if copy is not distributed.local(p):
-            distributed.local(p).copy_(copy)
     return prepared
+
+
+def _run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], norm: float) -> list:
+    """The rows of table.run, one parameter after the other: the copy of one with gaps must be made when those that
+    share its memory and come before it have been stepped."""
+    rows, table = [], _native.TensorTable()
+    for gs, p in _stepped(step):
+        here = distributed.local(p)
+        made, copy = prepared.get(p), in_layout_of(here, here)
+        replaced = {} if made is None else {p: (made.grad, made.fresh, copy)}
+        spec = _spec(gs, [p], gs.slots, gs.counters, gs.emas)
+        if table.gather([spec], opt.state, replaced, step.inv_grad_scale):
+            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+        rows += table.run(norm, opt.defaults["statistics"])
+        table.mark_written(_increment_version)
+        if copy is not here:
+            here.copy_(copy)
+    table.release()
+    return rows
 
 
 def _total(opt, table, rows: list, width: int) -> list[float]:

@@ -231,11 +231,15 @@ def twice(how: str) -> tuple[list, list]:
         return [p, q, p], [p, q]
     if how == "tied":  # a second parameter on the same storage
         return [p, q, torch.nn.Parameter(p.detach())], [p, q]
+    if how == "overlapping slices":
+        return [torch.nn.Parameter(p.detach()[:, k : k + 600]) for k in (0, 400)] + [q], [p, q]
+    if how == "slice":
+        return [torch.nn.Parameter(p.detach()[:, ::2]), q, p], [p, q]
     return [p, q, torch.nn.Parameter(p.detach().flatten()[100_000:300_000])], [p, q]
 
 
 @pytest.mark.parametrize("name", ("adamw-amsgrad-maximize", "sgd-momentum", "sgd", "nadam", "adagrad"))
-@pytest.mark.parametrize("how", ("duplicate", "tied", "overlapping"))
+@pytest.mark.parametrize("how", ("duplicate", "tied", "overlapping", "overlapping slices", "slice"))
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_shared_memory_is_stepped_in_order_as_torch_does(how, name, backend):
     """Not by two threads at once: torch's loop is what it must agree with, on every run alike."""
