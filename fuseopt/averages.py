@@ -46,19 +46,18 @@ def swapped(opt, k: int) -> Iterator[None]:
         raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
     saved = [(p, p.detach().clone(), average) for p, average in of(opt, k)]
 
-    @torch.no_grad()
+    # Detached, not under torch.no_grad(): an interrupt as that begins or ends would leave gradients off for good.
     def put_back() -> None:
         drop_gathered()
         for p, own, _ in saved:
-            p.copy_(own)
+            p.detach().copy_(own)
         opt._swapped.clear()
 
     opt._swapped.append(k)
     try:
-        with torch.no_grad():
-            drop_gathered()
-            for p, _, average in saved:
-                p.copy_(average)
+        drop_gathered()
+        for p, _, average in saved:
+            p.detach().copy_(average)
         yield
     finally:
         try:

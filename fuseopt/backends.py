@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, plan, reference, schema, select, torch_abi, torch_layout
-from .checks import in_layout_of
+from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
 from .stages import mask, statistics
 
@@ -89,7 +89,7 @@ def run(opt, step: plan.Step) -> None:
     if name == "cpu" and _cpu_steady_step(opt, step):
         return
     update, ranker = TABLE[name]
-    with held():
+    with held(), torch.device("cpu"):  # where counters and counts lie, whatever torch's default device
         prepared = update(opt, step)
         _copy_into_new_averages(opt, prepared)
         for selection in select.selections(opt, step):
@@ -152,11 +152,22 @@ def _spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tupl
 
 
 def _gather(opt, step: plan.Step, replaced: dict) -> tuple:
-    """(table, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says."""
-    if opt._table is None:
-        opt._table = _native.TensorTable()
+    """(table, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says.
+
+    The step has it to itself until `_put_back`: the interpreter's lock is open while it runs, and another thread
+    may step the same optimizer.
+    """
+    table = opt.__dict__.pop("_table", None)
+    if table is None:
+        table = _native.TensorTable()
     specs = [_spec(gs, gs.group["params"], gs.slots, gs.counters, gs.emas) for gs in step.groups]
-    return opt._table, opt._table.gather(specs, opt.state, replaced, step.inv_grad_scale)
+    return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale)
+
+
+def _put_back(opt, table) -> None:
+    """Let go of what the step read, and keep the table's memory for the next step."""
+    table.release()
+    opt._table = table
 
 
 def _cpu_steady_step(opt, step: plan.Step) -> bool:
@@ -168,11 +179,12 @@ def _cpu_steady_step(opt, step: plan.Step) -> bool:
         return False
     table, problems = _gather(opt, step, {})
     if problems:
+        _put_back(opt, table)
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     run = map(table.run, (_norm(opt, table),), (False,))
     at_once(run, map(table.mark_written, (_increment_version,)), count)
-    table.release()
+    _put_back(opt, table)
     return True
 
 
@@ -187,18 +199,44 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     filled = {p: in_layout_of(distributed.local(p), distributed.local(p)) for p in prepared}
     if plan.add_prune_masks(opt, plan.without_prune_mask(opt, step)) or prepared:
         replaced = {p: (made.grad, made.fresh, filled[p]) for p, made in prepared.items()}
+        _put_back(opt, table)
         table, problems = _gather(opt, step, replaced)
         if problems:
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
-    sums = table.run(_norm(opt, table), opt.defaults["statistics"])
+    gaps = {p: copy for p, copy in filled.items() if copy is not distributed.local(p)}
+    norm = _norm(opt, table)
+    if gaps and share_memory([distributed.local(p) for _, p in _stepped(step)]):
+        if norm < 0:
+            norm = math.sqrt(sum(row[0] for row in table.squares()))
+        sums = _run_in_turn(opt, step, prepared, norm)
+    else:
+        sums = table.run(norm, opt.defaults["statistics"])
+        table.mark_written(_increment_version)
+        for p, copy in gaps.items():
+            distributed.local(p).copy_(copy)
     if opt.defaults["statistics"]:
         opt._statistics = statistics.result(_total(opt, table, sums, statistics.WIDTH))
-    table.mark_written(_increment_version)
-    table.release()
-    for p, copy in filled.items():
-        if copy is not distributed.local(p):
-            distributed.local(p).copy_(copy)
+    _put_back(opt, table)
     return prepared
+
+
+def _run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], norm: float) -> list:
+    """The rows of table.run, one parameter after the other: the copy of one with gaps must be made when those that
+    share its memory and come before it have been stepped."""
+    rows, table = [], _native.TensorTable()
+    for gs, p in _stepped(step):
+        here = distributed.local(p)
+        made, copy = prepared.get(p), in_layout_of(here, here)
+        replaced = {} if made is None else {p: (made.grad, made.fresh, copy)}
+        spec = _spec(gs, [p], gs.slots, gs.counters, gs.emas)
+        if table.gather([spec], opt.state, replaced, step.inv_grad_scale):
+            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+        rows += table.run(norm, opt.defaults["statistics"])
+        table.mark_written(_increment_version)
+        if copy is not here:
+            here.copy_(copy)
+    table.release()
+    return rows
 
 
 def _total(opt, table, rows: list, width: int) -> list[float]:

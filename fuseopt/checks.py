@@ -142,6 +142,17 @@ def apart(p: Tensor) -> bool:
     return True
 
 
+def share_memory(tensors: list[Tensor]) -> bool:
+    """Whether the memory that one of them spans, gaps and all, overlaps another's."""
+    spans = []
+    for x in tensors:
+        if x.numel():
+            reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+            spans.append((x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()))
+    spans.sort()
+    return any(begin < end for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+
+
 @torch.no_grad()
 def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
     """x itself if it fills its memory in the order of p's dimensions, as state does, otherwise a copy that does."""

@@ -139,7 +139,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Not class attributes: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_placeholders", {})
-        self.__dict__.setdefault("_swapped", [])  # the average that swap_ema has in; edited, so that the wrapper does too
+        self.__dict__.setdefault("_swapped", [])  # the average that swap_ema has in
         for group in self.param_groups:
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:

@@ -75,7 +75,7 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
         if key not in state:  # torch: 0-dim, on the CPU, fp32 unless fp64 is the default type
             double = torch.get_default_dtype() == torch.float64
             start = 1.0 if key == "mu_product" else 0.0
-            state[key] = torch.tensor(start, dtype=torch.float64 if double else torch.float32)
+            state[key] = torch.tensor(start, dtype=torch.float64 if double else torch.float32, device="cpu")
     fresh = False
     for key in opt.slots(group):
         if state.get(key) is None:

@@ -21,13 +21,14 @@ SCALAR_TYPES = {torch.float32: 6, torch.float64: 7, torch.bfloat16: 15, torch.fl
 def find() -> list[int]:
     """[key set of a plain tensor, then the offsets of `struct Layout` in csrc/raw_view.h]; [] if not found."""
     try:
-        return _layout(_plain_samples(), _other_samples())
+        with torch.device("cpu"):
+            return _layout(_plain_samples(), _other_samples())
     except Exception:  # another torch may differ in any way, and must still be importable with
         return []
 
 
 def _plain_samples() -> list[Tensor]:
-    flat = torch.zeros(1300)
+    flat = torch.zeros(1300, dtype=torch.float32)
     samples = [flat[27:126].view(9, 11).t(), torch.zeros(4, 3, 5, 2, dtype=torch.float64)[1:], flat[5]]
     samples += [torch.zeros(7, dtype=dtype) for dtype in SCALAR_TYPES]
     return [*samples, torch.nn.Parameter(torch.zeros(2, 1, 4, 3, 6)), samples[0].detach().requires_grad_()]
@@ -38,7 +39,9 @@ def _other_samples() -> list[Tensor]:
         inference = torch.zeros(3)
     negative = torch.zeros(3, dtype=torch.complex64).conj().imag
     others = [torch.zeros(3, device="meta"), torch.zeros(3).to_sparse(), negative, inference]
-    return [*others, torch.zeros(3).to_mkldnn()] if torch.backends.mkldnn.is_available() else others
+    if torch.backends.mkldnn.is_available():
+        others.append(torch.zeros(3, dtype=torch.float32).to_mkldnn())
+    return others
 
 
 def _word(address: int, kind: type = ctypes.c_int64) -> int:

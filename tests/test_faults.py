@@ -7,6 +7,7 @@ before the step or those after it, and training goes on from there.
 import copy
 import multiprocessing
 import threading
+import weakref
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from workers import Data, train_in_child
 
 import fuseopt
-from fuseopt import EMA, Prune
+from fuseopt import EMA, Prune, backends
 
 SHAPES = [(33, 31), (7,), (64, 32)]
 FULL = {"max_grad_norm": 0.5, "ema": [EMA(0.9), EMA(0.99, warmup="timm")], "statistics": True}
@@ -189,6 +190,37 @@ def test_an_optimizer_goes_on_in_a_child_process(method, native):
         assert_same_bits(p, q)
 
 
+def test_threads_that_step_one_optimizer(backend):
+    """As with torch's, the order of their writes is left open; nothing crashes, and every entry is a number."""
+    params = parameters([(200, 100)] * 50)
+    opt = fuseopt.AdamW(params, lr=1e-3, backend=backend)
+    set_gradients(params, 1)
+    opt.step()
+    steps = 600 if backend == "cpu" else 3
+
+    def work():
+        for _ in range(steps):
+            opt.step()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert all(torch.isfinite(p).all() and float(opt.state[p]["step"]) > 1 for p in params)
+
+
+@pytest.mark.parametrize("options", ({}, {"statistics": True}), ids=("steady", "statistics"))
+def test_a_step_that_fails_holds_no_gradients(options, monkeypatch):
+    """The memory of a gradient that the user drops after an error is free at once."""
+    (p,) = parameters([(30,)])
+    opt = fuseopt.AdamW([p], lr=0.1, backend="cpu", **options)
+    run(opt, [p], 2)
+    monkeypatch.setattr(backends, "_norm", raises)
+    grad = weakref.ref(p.grad)
+    with pytest.raises(Fault):
+        opt.step()
+    p.grad = None
+    assert grad() is None
+
+
 # ---- memory that is stepped twice -------------------------------------------------------------------
 
 
@@ -199,11 +231,15 @@ def twice(how: str) -> tuple[list, list]:
         return [p, q, p], [p, q]
     if how == "tied":  # a second parameter on the same storage
         return [p, q, torch.nn.Parameter(p.detach())], [p, q]
+    if how == "overlapping slices":
+        return [torch.nn.Parameter(p.detach()[:, k : k + 600]) for k in (0, 400)] + [q], [p, q]
+    if how == "slice":
+        return [torch.nn.Parameter(p.detach()[:, ::2]), q, p], [p, q]
     return [p, q, torch.nn.Parameter(p.detach().flatten()[100_000:300_000])], [p, q]
 
 
 @pytest.mark.parametrize("name", ("adamw-amsgrad-maximize", "sgd-momentum", "sgd", "nadam", "adagrad"))
-@pytest.mark.parametrize("how", ("duplicate", "tied", "overlapping"))
+@pytest.mark.parametrize("how", ("duplicate", "tied", "overlapping", "overlapping slices", "slice"))
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_shared_memory_is_stepped_in_order_as_torch_does(how, name, backend):
     """Not by two threads at once: torch's loop is what it must agree with, on every run alike."""

@@ -162,12 +162,12 @@ def test_an_interrupted_swap_leaves_the_own_weights(backend):
 
     with Interrupts() as interrupts:
         happened = 0
-        for _ in range(600):
+        for _ in range(2000):
             happened += interrupts.during(swap)
             check_own(opt, params, own)
-    assert 50 < happened < 600
+    assert 50 < happened < 2000
 
 
 def check_own(opt, params: list, own: list) -> None:
-    assert not opt._swapped
+    assert not opt._swapped and torch.is_grad_enabled()
     assert all(torch.equal(p, w) for p, w in zip(params, own, strict=True))

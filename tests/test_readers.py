@@ -1,6 +1,9 @@
 """The three ways in which the compiled module reads a tensor: at offsets found at import, by torch's C functions,
 through Python."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import (
@@ -156,3 +159,11 @@ def test_versions_are_bumped_without_torchs_function(native, monkeypatch):
     before = p._version, q._version
     opt.step()
     assert p._version > before[0] and q._version == before[1]
+
+
+@pytest.mark.parametrize("default", ("set_default_dtype(torch.float64)", "set_default_device('meta')"))
+def test_the_layout_is_found_whatever_torchs_defaults(default):
+    """fuseopt may be imported after them, and would be slower for good."""
+    code = f"import torch; torch.{default}; from fuseopt import torch_abi, torch_layout; print(len(torch_layout.find()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(torch_layout.find()) > 0

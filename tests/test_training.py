@@ -9,11 +9,12 @@ from functools import partial
 
 import pytest
 import torch
-from cases import all_params, assert_close, gradient, like, parameters, run, set_gradients
+from cases import all_params, assert_close, assert_same_bits, gradient, like, parameters, run, set_gradients
 from torch.optim import lr_scheduler as schedules
 from torch.optim import swa_utils
 from torchs import CLASSES, INFOS, LOOSE, VECTORS, assert_agree, exact, ours, theirs
 
+import fuseopt
 from fuseopt import EMA
 
 # ---- schedulers and averages ------------------------------------------------------------------------
@@ -298,3 +299,18 @@ def test_compiled(what, backend):
     assert any("FusedOptimizer.step" in reason for reason in breaks) == (what != "model")
     expected = ("FusedOptimizer.step", "Optimizer.zero_grad", "Tensor.backward")
     assert all(any(name in reason for name in expected) for reason in breaks), "dynamo looked into a step"
+
+
+@pytest.mark.parametrize("options", ({}, {"prune": fuseopt.Prune(0.5), "max_grad_norm": 1.0, "statistics": True}))
+def test_the_default_device_of_torch_is_not_asked(options, backend):
+    """Parameters on the CPU are stepped as they are without it; so is torch's."""
+    ours, plain = parameters([(8, 8), (5,)]), parameters([(8, 8), (5,)])
+    a, b = (fuseopt.AdamW(params, lr=0.1, backend=backend, **options) for params in (ours, plain))
+    for t in (1, 2):
+        set_gradients(ours, t), set_gradients(plain, t)
+        with torch.device("meta"):
+            a.step()
+        b.step()
+    for p, q in zip(ours, plain, strict=True):
+        assert_same_bits(p, q)
+        assert a.state[p]["step"] == b.state[q]["step"]
