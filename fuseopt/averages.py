@@ -53,8 +53,8 @@ def swapped(opt, k: int) -> Iterator[None]:
             p.detach().copy_(own)
         opt._swapped.clear()
 
-    opt._swapped.append(k)
     try:
+        opt._swapped.append(k)
         drop_gathered()
         for p, _, average in saved:
             p.detach().copy_(average)
