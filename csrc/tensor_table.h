@@ -1,6 +1,7 @@
 // What one step works on: every parameter with its streams, cut into blocks. Filled anew from the live
-// Python objects at each step, so no address outlives the step that read it; only the memory of the
-// table itself is kept, so a steady step allocates nothing, and a trail of addresses that are prefetched.
+// Python objects at each step, so no address outlives the step that read it. Kept are only the memory of
+// the table itself, so a steady step allocates no more than a handle for each fresh gradient, and a trail
+// of addresses that are prefetched.
 #pragma once
 
 #include <utility>

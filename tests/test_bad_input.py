@@ -401,3 +401,12 @@ def test_a_loss_scale_of_zero(rule, backend):
     with pytest.raises(ValueError, match="grad_scale is 0"):
         opt.step()
     before.assert_unchanged()
+
+
+def test_parameters_without_values(backend):
+    p = torch.nn.Parameter(torch.ones(3, device="meta"))
+    p.grad = torch.ones(3, device="meta")
+    opt = fuseopt.AdamW([("w", p)], backend=None if backend == "cpu" else backend)
+    with pytest.raises(ValueError, match="'w' is on the meta device.*to_empty"):
+        opt.step()
+    assert not opt.state
