@@ -76,7 +76,7 @@ def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor 
     if p.layout != torch.strided:
         raise ValueError(f"{name} has layout {p.layout}; fuseopt steps dense tensors: convert it with to_dense()")
     if p.is_meta:
-        raise ValueError(f"{name} is on the meta device and has no values; move the model to a real one with to_empty()")
+        raise ValueError(f"{name} is on the meta device and has no values; move it to a real one with to_empty()")
     if not apart(p):
         raise ValueError(
             f"{name} of shape {tuple(p.shape)} with strides {tuple(p.stride())} has several entries at one place in "
