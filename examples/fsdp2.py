@@ -32,7 +32,7 @@ def batch(step):
     """A part for each process of a batch of 48: is the sum of the first half larger than that of the second?"""
     x = torch.randn(48, 20, generator=torch.Generator().manual_seed(step))
     y = (x[:, :10].sum(1) > x[:, 10:].sum(1)).long()
-    return (part.chunk(dist.get_world_size())[dist.get_rank()] for part in (x, y))
+    return (part.tensor_split(dist.get_world_size())[dist.get_rank()] for part in (x, y))
 
 
 def train(optimizer_class=fuseopt.AdamW, options=EXTRAS, folder=None, last=STEPS):
@@ -73,7 +73,9 @@ if __name__ == "__main__":
     folder = sys.argv[1] if len(sys.argv) > 1 else None
     resuming = folder and (Path(folder) / ".metadata").exists()
     losses, zeros = train(folder=folder, last=2 * STEPS if resuming else STEPS)
-    if dist.get_rank() == 0 and losses:
+    if dist.get_rank() == 0 and not losses:
+        print(f"{folder} holds a finished run; remove it to start again")
+    elif dist.get_rank() == 0:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, {zeros:.0%} of the matrices zero")
     dist.barrier()  # gloo may abort a process that ends while another still talks to it
     dist.destroy_process_group()
