@@ -193,7 +193,8 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     table, problems = _gather(opt, step, {})
     wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
     if opt._placeholders:
-        wanting = [(gs, p) for gs, p in _stepped(step) if p in opt._placeholders or any(p is q for _, q in wanting)]
+        unread = {id(p) for _, p in wanting}
+        wanting = [(gs, p) for gs, p in _stepped(step) if p in opt._placeholders or id(p) in unread]
     prepared = _prepare(opt, step, wanting)
     # Parameters with gaps are stepped in a copy without.
     filled = {p: in_layout_of(distributed.local(p), distributed.local(p)) for p in prepared}
