@@ -82,7 +82,7 @@ def test_zero_redundancy_optimizer(world):
             assert_close(found[name], w, name)
 
 
-@pytest.mark.parametrize("steps", (1, 3), ids=("before-pruning", "between-prunings"))
+@pytest.mark.parametrize("steps", (1, 3, 6), ids=("before-pruning", "between-prunings", "after-pruning"))
 @pytest.mark.parametrize("saved_by", ("one process", 2))
 def test_checkpoint_on_2_processes_resumes_on_1_and_3(steps, saved_by, tmp_path):
     """Bit for bit on 1 and 2, masks, averages and schedules included; on 3 the mean gradient rounds otherwise."""
