@@ -73,7 +73,8 @@ py::list run(TensorTable& table, double norm, bool with_statistics) {
   return rows(out, width);
 }
 
-// Addresses of int64 arrays come as integers: of `counts` 2^width, of `ties` and `quota` one for each tensor.
+// Addresses of int64 arrays come as integers: of `counts` 2^width, of `ties` and `quota` one for each tensor
+// (of `quota` a single one, if shared).
 void histogram(const TensorTable& table, uint32_t prefix, int shift, int width, intptr_t counts) {
   py::gil_scoped_release release;
   count_digits(table, prefix, shift, width, reinterpret_cast<int64_t*>(counts));
@@ -84,9 +85,9 @@ void ties(const TensorTable& table, uint32_t kth, intptr_t counts) {
   count_ties(table, kth, reinterpret_cast<int64_t*>(counts));
 }
 
-void prune(const TensorTable& table, uint32_t kth, intptr_t quota) {
+void prune(const TensorTable& table, uint32_t kth, intptr_t quota, bool shared) {
   py::gil_scoped_release release;
-  prune_up_to(table, kth, reinterpret_cast<const int64_t*>(quota));
+  prune_up_to(table, kth, reinterpret_cast<const int64_t*>(quota), shared);
 }
 
 py::dict schema() {

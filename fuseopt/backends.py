@@ -280,7 +280,7 @@ class _CpuRanker:
         return counts
 
     def prune(self, kth: int, quotas: Tensor) -> None:
-        self.table.prune(kth, quotas.contiguous().data_ptr())
+        self.table.prune(kth, quotas.contiguous().data_ptr(), quotas.numel() < len(self.members))
 
 
 def _cpu_ranker(opt, members: select.Members) -> select.Ranker:

@@ -41,7 +41,8 @@ class Ranker(Protocol):
         ...
 
     def prune(self, kth: int, quotas: Tensor) -> None:
-        """Prune the candidates below kth, and of those equal to it the first quotas[i] of member i."""
+        """Prune the candidates below kth, and of those equal to it the first quotas[i] of member i; or, if
+        quotas is a single number for several members, the first so many of them all."""
         ...
 
 
@@ -80,15 +81,16 @@ def magnitudes(p: Tensor) -> Tensor:
 
 
 def _counts(opt, selection: Selection) -> list[int]:
-    """[entries, pruned ones, candidates] of a selection on all processes."""
+    """[entries, pruned ones, candidates] of a selection on all processes. Reads no weights."""
 
     def count(members: list[int]) -> Tensor:
         total = torch.zeros(3, dtype=torch.int64)
         for k in members:
             p = selection.members[k][1]
-            pruned = mask.pruned(opt.state.get(p, {}), local(p))
-            held = 0 if pruned is None else int(pruned.sum())
-            total += torch.tensor([local(p).numel(), held, int(candidates(opt, p).sum())])
+            state, n = opt.state.get(p, {}), local(p).numel()
+            pruned = mask.count(state["prune_mask"]) if "prune_mask" in state else 0
+            free = int(candidates(opt, p).sum()) if state.get("mask_freeze") else n - pruned
+            total += torch.tensor([n, pruned, free])
         return total
 
     return selection.parts.total(count).tolist()
@@ -106,22 +108,24 @@ def check_enough(opt, selection: Selection) -> None:
         )
 
 
-def kth_smallest(count: int, widths: list[int], histogram: Callable[[int, int, int], Tensor]) -> tuple[int, int]:
-    """(the count-th smallest key, its rank among the keys equal to it), count from 1.
+def kth_smallest(count: int, widths: list[int], histogram: Callable[[int, int, int], Tensor]) -> tuple[int, int, int]:
+    """(the count-th smallest key, its rank among the keys equal to it, how many are equal to it), count from 1.
 
     histogram(prefix, shift, width): how many keys with key >> (shift + width) == prefix have each value of
     the next `width` bits. widths: of the digits, the highest first.
     """
-    key, shift = 0, sum(widths)
+    key, shift, equal = 0, sum(widths), 0
     for width in widths:
         shift -= width
-        running = histogram(key, shift, width).cumsum(0)
+        counts = histogram(key, shift, width)
+        running = counts.cumsum(0)
         if count > int(running[-1]):
             raise RuntimeError("fuseopt found fewer entries to prune than its checks did; please report this")
         digit = int(torch.searchsorted(running, count))
-        count -= int(running[digit - 1]) if digit else 0
+        equal = int(counts[digit])
+        count -= int(running[digit]) - equal
         key = key << width | digit
-    return key, count
+    return key, count, equal
 
 
 def prune(opt, selection: Selection, make_ranker: Callable[[Members], Ranker]) -> None:
@@ -132,13 +136,18 @@ def prune(opt, selection: Selection, make_ranker: Callable[[Members], Ranker]) -
     if count <= 0:
         return
     rankers = {tuple(m): make_ranker([selection.members[k] for k in m]) for m in parts.members.values()}
-    kth, rank = kth_smallest(
+    kth, rank, equal = kth_smallest(
         count, [16, 15], lambda *digit: parts.total(lambda members: rankers[tuple(members)].histogram(*digit))
     )
-    ties = torch.zeros(len(selection.members), dtype=torch.int64)
-    for members, ranker in rankers.items():
-        ties[list(members)] = ranker.ties(kth)
-    quotas = _quotas(opt, selection, ties, kth, rank)
+    if list(parts.members) == [()]:  # all on this process: the ranker counts off the ties by itself
+        rankers[tuple(parts.members[()])].prune(kth, torch.tensor([rank]))
+        return
+    quotas = torch.full((len(selection.members),), equal)
+    if rank < equal:
+        ties = torch.zeros_like(quotas)
+        for members, ranker in rankers.items():
+            ties[list(members)] = ranker.ties(kth)
+        quotas = _quotas(opt, selection, ties, kth, rank)
     for members, ranker in rankers.items():
         ranker.prune(kth, quotas[list(members)])
 
@@ -168,7 +177,7 @@ def _first_here(p: Tensor, tied: Tensor, count: int) -> Tensor:
         digits = (index[index >> (shift + width) == prefix] >> shift) & ((1 << width) - 1)
         return parts.total(lambda _: torch.bincount(digits, minlength=1 << width))
 
-    last, _ = kth_smallest(count, widths, histogram)
+    last, _, _ = kth_smallest(count, widths, histogram)
     return (index <= last).sum()
 
 
@@ -193,9 +202,13 @@ class TorchRanker:
 
     @torch.no_grad()
     def prune(self, kth: int, quotas: Tensor) -> None:
-        for (gs, p), key, free, quota in zip(self.members, self.keys, self.free, quotas.tolist(), strict=True):
+        shared = quotas.numel() < len(self.members)
+        left = quotas.tolist() * (len(self.members) if shared else 1)
+        for k, ((gs, p), key, free) in enumerate(zip(self.members, self.keys, self.free, strict=True)):
             tied = free & (key == kth)
-            first = (tied.flatten().cumsum(0) <= quota).reshape(tied.shape) & tied
+            first = (tied.flatten().cumsum(0) <= left[k]).reshape(tied.shape) & tied
+            if shared:
+                left = [left[k] - int(first.sum())] * len(left)
             _zero(local_state(self.opt.state[p]), gs, local(p), free & (key < kth) | first)
 
 

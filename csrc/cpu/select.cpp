@@ -50,29 +50,34 @@ void prune_word(const BlockView& view, const Span& span, int64_t w, uint32_t cho
   }
 }
 
-// Prunes every candidate of a block below kth.
-void prune_below(const BlockView& view, uint32_t kth) {
-  for_each_candidate_word(view, [&](const Span& span, int64_t w, uint32_t free, const uint32_t* m) {
-    uint32_t below = 0;
-    for (; free; free &= free - 1) {
-      const int j = __builtin_ctz(free);
-      below |= uint32_t(m[j] < kth) << j;
-    }
-    prune_word(view, span, w, below);
-  });
+// Calls fn(j) for the set bits of a word; in a whole word without looking for them.
+template <class Fn>
+void for_each_bit(uint32_t word, const Fn& fn) {
+  if (word == ~0u)
+    for (int j = 0; j < 32; ++j) fn(j);
+  else
+    for (; word; word &= word - 1) fn(__builtin_ctz(word));
 }
 
-// Prunes the first `quota` candidates of a block that equal kth; returns what is left of the quota.
-int64_t prune_ties(const BlockView& view, uint32_t kth, int64_t quota) {
-  for_each_candidate_word(view, [&](const Span& span, int64_t w, uint32_t free, const uint32_t* m) {
-    uint32_t chosen = 0;
-    for (; free && quota > 0; free &= free - 1) {
-      const int j = __builtin_ctz(free);
-      if (m[j] == kth) chosen |= 1u << j, --quota;
-    }
-    prune_word(view, span, w, chosen);
+int64_t count_equal(const BlockView& view, uint32_t kth) {
+  int64_t count = 0;
+  for_each_candidate_word(view, [&](const Span&, int64_t, uint32_t free, const uint32_t* m) {
+    for_each_bit(free, [&](int j) { count += m[j] == kth; });
   });
-  return quota;
+  return count;
+}
+
+// Prunes the candidates of a block below kth, and the first `quota` of those equal to it.
+void prune_block(const BlockView& view, uint32_t kth, int64_t quota) {
+  for_each_candidate_word(view, [&](const Span& span, int64_t w, uint32_t free, const uint32_t* m) {
+    uint32_t below = 0, equal = 0;
+    for_each_bit(free, [&](int j) {
+      below |= uint32_t(m[j] < kth) << j;
+      equal |= uint32_t(m[j] == kth) << j;
+    });
+    for (; equal && quota > 0; equal &= equal - 1, --quota) below |= equal & -equal;
+    prune_word(view, span, w, below);
+  });
 }
 
 }  // namespace
@@ -86,10 +91,10 @@ void count_digits(const TensorTable& table, uint32_t prefix, int shift, int widt
 #pragma omp for schedule(dynamic)
     for (int b = 0; b < int(table.blocks.size()); ++b) {
       for_each_candidate_word(BlockView(table, table.blocks[b]), [&](const Span&, int64_t, uint32_t free, const uint32_t* m) {
-        for (; free; free &= free - 1) {
-          const uint64_t key = m[__builtin_ctz(free)];  // 64 bits wide, as a shift may be by 31
+        for_each_bit(free, [&](int j) {
+          const uint64_t key = m[j];  // 64 bits wide, as a shift may be by 31
           if (key >> (shift + width) == prefix) ++own[key >> shift & (digits - 1)];
-        }
+        });
       });
     }
 #pragma omp critical
@@ -99,21 +104,28 @@ void count_digits(const TensorTable& table, uint32_t prefix, int shift, int widt
 
 void count_ties(const TensorTable& table, uint32_t kth, int64_t* out) {
   std::vector<int64_t> ties(table.blocks.size());
-  for_each_block(table, [&](int b) {
-    for_each_candidate_word(BlockView(table, table.blocks[b]), [&](const Span&, int64_t, uint32_t free, const uint32_t* m) {
-      for (; free; free &= free - 1) ties[b] += m[__builtin_ctz(free)] == kth;
-    });
-  });
+  for_each_block(table, [&](int b) { ties[b] = count_equal(BlockView(table, table.blocks[b]), kth); });
   std::fill(out, out + table.tensors.size(), 0);
   for (size_t b = 0; b < ties.size(); ++b) out[table.blocks[b].tensor] += ties[b];
 }
 
-void prune_up_to(const TensorTable& table, uint32_t kth, const int64_t* quota) {
-  for_each_block(table, [&](int b) { prune_below(BlockView(table, table.blocks[b]), kth); });
-  std::vector<int64_t> left(quota, quota + table.tensors.size());
-  for (const Block& block : table.blocks) {
-    int64_t& rest = left[block.tensor];
-    if (rest > 0) rest = prune_ties(BlockView(table, block), kth, rest);
+// Blocks begin in order, so a block that has counted its ties waits only for those before it to do the same, and
+// prunes while it is still in the cache.
+void prune_up_to(const TensorTable& table, uint32_t kth, const int64_t* quota, bool shared) {
+  std::vector<int64_t> left(quota, quota + (shared ? 1 : table.tensors.size()));
+  const int threads = threads_for(table);
+#pragma omp parallel for ordered schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int b = 0; b < int(table.blocks.size()); ++b) {
+    const BlockView view(table, table.blocks[b]);
+    const int64_t ties = count_equal(view, kth);
+    int64_t mine;
+#pragma omp ordered
+    {
+      int64_t& rest = left[shared ? 0 : table.blocks[b].tensor];
+      mine = std::min(ties, rest);
+      rest -= mine;
+    }
+    prune_block(view, kth, mine);
   }
 }
 

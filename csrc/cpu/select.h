@@ -15,8 +15,9 @@ void count_digits(const TensorTable& table, uint32_t prefix, int shift, int widt
 // out[i]: how many candidates of tensor i have the key kth.
 void count_ties(const TensorTable& table, uint32_t kth, int64_t* out);
 
-// Prunes the candidates below kth and, of those equal to it, the first quota[i] of tensor i: sets their
-// bits, zeroes p and every EMA, and the moments unless the group keeps them.
-void prune_up_to(const TensorTable& table, uint32_t kth, const int64_t* quota);
+// Prunes the candidates below kth and, of those equal to it, the first quota[i] of tensor i, or with `shared`
+// the first quota[0] of all tensors in their order: sets their bits, zeroes p and every EMA, and the moments
+// unless the group keeps them. Reads the weights once.
+void prune_up_to(const TensorTable& table, uint32_t kth, const int64_t* quota, bool shared);
 
 }  // namespace fuseopt

@@ -37,6 +37,16 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     return torch.from_numpy(bits.astype(np.bool_))
 
 
+def count(packed: Tensor) -> int:
+    """How many bits of `pack`'s result are set."""
+    words = packed.cpu().numpy()
+    ones = np.bitwise_count(words) if hasattr(np, "bitwise_count") else _ONES[words]  # numpy 2
+    return int(ones.sum(dtype=np.int64))
+
+
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+
+
 def empty_bits(n: int) -> Tensor:
     """n zero bits, packed."""
     return torch.zeros(-(-n // 32) * 4, dtype=torch.uint8)
