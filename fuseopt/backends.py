@@ -256,7 +256,11 @@ def _norm(opt, table) -> float:
 
 
 class _CpuRanker:
-    """select.Ranker by compiled loops over a table of the members."""
+    """select.Ranker by compiled loops over a table of the members.
+
+    They take ties in the order of memory. Where that is not row-major and only some of a member's ties go, torch
+    prunes that member.
+    """
 
     def __init__(self, opt, members: select.Members):
         specs, grads = [], {}
@@ -265,7 +269,7 @@ class _CpuRanker:
             has = opt.state[p].__contains__
             specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
             grads[p] = (p, False, None)
-        self.members, self.table = members, _native.TensorTable()
+        self.opt, self.members, self.table = opt, members, _native.TensorTable()
         if self.table.gather(specs, opt.state, grads, 1.0):
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
 
@@ -280,13 +284,21 @@ class _CpuRanker:
         return counts
 
     def prune(self, kth: int, quotas: Tensor) -> None:
-        self.table.prune(kth, quotas.contiguous().data_ptr(), quotas.numel() < len(self.members))
+        shared = quotas.numel() < len(self.members)
+        if not all(distributed.local(p).is_contiguous() for _, p in self.members):
+            ties = self.ties(kth)
+            quotas = select.share(quotas, ties) if shared else quotas
+            shared = False
+            for k in ((quotas > 0) & (quotas < ties)).nonzero().flatten().tolist():  # one at most, as a rule
+                select.TorchRanker(self.opt, self.members[k : k + 1]).prune(kth, quotas[k : k + 1])
+                quotas[k] = 0
+        self.table.prune(kth, quotas.contiguous().data_ptr(), shared)
 
 
 def _cpu_ranker(opt, members: select.Members) -> select.Ranker:
-    """Ties go by row-major index, so where a parameter lies in memory in another order, torch ranks."""
-    row_major = all(distributed.local(p).is_contiguous() for _, p in members)
-    return (_CpuRanker if row_major else select.TorchRanker)(opt, members)
+    """Parameters whose memory has gaps are ranked by torch."""
+    here = [distributed.local(p) for _, p in members]
+    return (_CpuRanker if all(in_layout_of(p, p) is p for p in here) else select.TorchRanker)(opt, members)
 
 
 TABLE: dict[str, tuple[Callable, Callable]] = {

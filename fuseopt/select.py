@@ -152,11 +152,15 @@ def prune(opt, selection: Selection, make_ranker: Callable[[Members], Ranker]) -
         ranker.prune(kth, quotas[list(members)])
 
 
+def share(rank: int | Tensor, ties: Tensor) -> Tensor:
+    """How many of each member's ties are among the first `rank` of all, taken in the order of the members."""
+    return (rank - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
+
+
 def _quotas(opt, selection: Selection, ties: Tensor, kth: int, rank: int) -> Tensor:
     """How many of each member's ties on this process are among the first `rank` of all."""
     total = selection.parts.each(ties)
-    rank -= selection.parts.before(ties.sum())
-    chosen = (rank - (total.cumsum(0) - total)).clamp(min=0).minimum(total)
+    chosen = share(rank - selection.parts.before(ties.sum()), total)
     quotas = torch.where(chosen == total, ties, chosen)
     for k in ((chosen > 0) & (chosen < total)).nonzero().flatten().tolist():  # one at most
         p = selection.members[k][1]
@@ -182,7 +186,7 @@ def _first_here(p: Tensor, tied: Tensor, count: int) -> Tensor:
 
 
 class TorchRanker:
-    """Ranks with torch operations; also for parameters whose memory is not row-major."""
+    """Ranks with torch operations."""
 
     def __init__(self, opt, members: Members):
         self.opt, self.members = opt, members

@@ -97,6 +97,29 @@ def test_memory_order_changes_no_bit(name, how, gradients, backend):
             assert b.state[other][key].stride() == other.stride()
 
 
+@pytest.mark.parametrize("sparsity", (0.05, 0.3, 0.55, 0.8))
+@pytest.mark.parametrize("scope", ("global", "tensor"))
+def test_ties_in_any_memory_order(sparsity, scope, backend):
+    """Nearly all magnitudes tie, in weights that lie in different orders beside each other."""
+    plain = parameters([(6, 5, 7, 4), (40, 50), (8, 3, 33, 31), (70, 9)])
+    for p in plain:
+        p.data = p.data.round()
+    hows = ("channels_last", None, "permuted", None)
+    others = [memory(p, how) if how else like([p])[0] for p, how in zip(plain, hows, strict=True)]
+    options = {"lr": 0.5, "prune": Prune(sparsity, scope=scope), "backend": backend}
+    a, b = fuseopt.SGD(plain, **options), fuseopt.SGD(others, **options)
+    for opt in (a, b):
+        for p in opt.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    sizes = [p.numel() for p in plain]
+    expected = [round(sparsity * n) for n in (sizes if scope == "tensor" else [sum(sizes)])]
+    assert sum(int(b.prune_mask(p).sum()) for p in others) == sum(expected)
+    for p, q in zip(plain, others, strict=True):
+        assert torch.equal(a.prune_mask(p), b.prune_mask(q))
+        assert_same_bits(q, p)
+
+
 def test_memory_order_and_the_norm(backend):
     """The norm's sum follows memory, so here by tolerance."""
     (plain,) = parameters([(6, 5, 7, 4)], F64)

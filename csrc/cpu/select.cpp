@@ -1,6 +1,8 @@
 #include "select.h"
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 #include <vector>
 
 #include "blocks.h"
@@ -109,22 +111,21 @@ void count_ties(const TensorTable& table, uint32_t kth, int64_t* out) {
   for (size_t b = 0; b < ties.size(); ++b) out[table.blocks[b].tensor] += ties[b];
 }
 
-// Blocks begin in order, so a block that has counted its ties waits only for those before it to do the same, and
-// prunes while it is still in the cache.
+// Blocks are begun in order: one that has counted its ties waits only for those before it to do the same, and
+// prunes while it is still in the cache. It yields meanwhile, as the thread that it waits for may have no processor.
 void prune_up_to(const TensorTable& table, uint32_t kth, const int64_t* quota, bool shared) {
   std::vector<int64_t> left(quota, quota + (shared ? 1 : table.tensors.size()));
+  std::atomic<int> turn{0};
   const int threads = threads_for(table);
-#pragma omp parallel for ordered schedule(dynamic) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(monotonic : dynamic) num_threads(threads) if (threads > 1)
   for (int b = 0; b < int(table.blocks.size()); ++b) {
     const BlockView view(table, table.blocks[b]);
     const int64_t ties = count_equal(view, kth);
-    int64_t mine;
-#pragma omp ordered
-    {
-      int64_t& rest = left[shared ? 0 : table.blocks[b].tensor];
-      mine = std::min(ties, rest);
-      rest -= mine;
-    }
+    while (turn.load(std::memory_order_acquire) != b) std::this_thread::yield();
+    int64_t& rest = left[shared ? 0 : table.blocks[b].tensor];
+    const int64_t mine = std::min(ties, rest);
+    rest -= mine;
+    turn.store(b + 1, std::memory_order_release);
     prune_block(view, kth, mine);
   }
 }
