@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
+#include "cpu/pattern.h"
 #include "cpu/select.h"
 #include "cpu/step.h"
 #include "cpu/threads.h"
@@ -90,6 +91,11 @@ void prune(const TensorTable& table, uint32_t kth, intptr_t quota, bool shared) 
   prune_up_to(table, kth, reinterpret_cast<const int64_t*>(quota), shared);
 }
 
+void n_m(const TensorTable& table, int n, int m, int64_t channels, int64_t stride) {
+  py::gil_scoped_release release;
+  prune_n_m(table, n, m, channels, stride);
+}
+
 py::dict schema() {
   py::dict out;
   py::list rules;
@@ -123,7 +129,8 @@ PYBIND11_MODULE(_C, m) {
       .def("run", &run, "One step; returns a row of sums for each parameter, or no rows.", py::arg("norm"), py::arg("statistics"))
       .def("histogram", &histogram)
       .def("ties", &ties)
-      .def("prune", &prune);
+      .def("prune", &prune)
+      .def("prune_n_m", &n_m);
   m.def("set_torch", [](py::object tensor, py::object parameter, py::object describe,
                         const std::vector<intptr_t>& functions, py::ssize_t offset) {
     set_torch(tensor.ptr(), parameter.ptr(), describe.ptr(), functions, offset);

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import distributed, plan, reference, schema, select, torch_abi, torch_layout
+from . import distributed, patterns, plan, reference, schema, select, torch_abi, torch_layout
 from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
 from .stages import mask, statistics
@@ -88,12 +88,12 @@ def run(opt, step: plan.Step) -> None:
     name = choose(opt)
     if name == "cpu" and _cpu_steady_step(opt, step):
         return
-    update, ranker = TABLE[name]
+    update, ranker, prune_n_m = TABLE[name]
     with held(), torch.device("cpu"):  # where counters and counts lie, whatever torch's default device
         prepared = update(opt, step)
         _copy_into_new_averages(opt, prepared)
         for selection in select.selections(opt, step):
-            select.prune(opt, selection, lambda members: ranker(opt, members))
+            patterns.prune(opt, selection, ranker, prune_n_m)
             _increment_version([p for _, p in selection.members])
         for p in prepared:
             opt._placeholders.pop(p, None)
@@ -106,8 +106,10 @@ def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]])
     if wanting or any(gs.sparsity is not None for gs in step.groups):
         plan.check_all(opt, wanting)
     for selection in select.selections(opt, step):
-        select.check_enough(opt, selection)
-    return plan.prepare(opt, step, wanting)
+        patterns.check(opt, selection)
+    prepared = plan.prepare(opt, step, wanting)
+    patterns.let_go(opt, step)
+    return prepared
 
 
 @torch.no_grad()
@@ -301,7 +303,15 @@ def _cpu_ranker(opt, members: select.Members) -> select.Ranker:
     return (_CpuRanker if all(in_layout_of(p, p) is p for p in here) else select.TorchRanker)(opt, members)
 
 
-TABLE: dict[str, tuple[Callable, Callable]] = {
-    "cpu": (_cpu_update, _cpu_ranker),
-    "torch": (_torch_update, select.TorchRanker),
+def _cpu_prune_n_m(opt, gs: plan.GroupStep, p: Tensor, n: int, m: int) -> None:
+    """patterns.prune_n_m by compiled loops, in any order of the memory, but not across gaps in it."""
+    here = distributed.local(p)
+    if in_layout_of(here, here) is not here:
+        return patterns.prune_n_m(opt, gs, p, n, m)
+    _CpuRanker(opt, [(gs, p)]).table.prune_n_m(n, m, here.shape[1], here.stride(1))
+
+
+TABLE: dict[str, tuple[Callable, Callable, Callable]] = {
+    "cpu": (_cpu_update, _cpu_ranker, _cpu_prune_n_m),
+    "torch": (_torch_update, select.TorchRanker, patterns.prune_n_m),
 }

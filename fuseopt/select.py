@@ -27,6 +27,7 @@ class Selection:
     members: Members
     sparsity: float
     parts: Parts
+    pattern: str = "unstructured"  # else patterns.py chooses
 
 
 class Ranker(Protocol):
@@ -55,10 +56,11 @@ def selections(opt, step: Step) -> list[Selection]:
         members = [(gs, p) for p in prunable(gs)]
         options = gs.group["prune"]
         alike = next((selection for seen, selection in found if seen == options), None)
-        if options["scope"] == "tensor":
-            found += [(options, Selection([member], gs.sparsity, Parts([member[1]]))) for member in members]
+        pattern = options["pattern"]
+        if options["scope"] == "tensor" or ":" in pattern:
+            found += [(options, Selection([member], gs.sparsity, Parts([member[1]]), pattern)) for member in members]
         elif alike is None:
-            found.append((options, Selection(members, gs.sparsity, None)))
+            found.append((options, Selection(members, gs.sparsity, None, pattern)))
         else:
             alike.members += members
     for _, selection in found:
@@ -130,14 +132,28 @@ def kth_smallest(count: int, widths: list[int], histogram: Callable[[int, int, i
 
 def prune(opt, selection: Selection, make_ranker: Callable[[Members], Ranker]) -> None:
     """Zero the smallest of the new weights, their moments and averages, until the sparsity is reached."""
-    parts = selection.parts
     n, pruned, _ = _counts(opt, selection)
     count = round(selection.sparsity * n) - pruned
+    prune_smallest(selection, count, [16, 15], make_ranker, lambda p, kth: candidates(opt, p) & (magnitudes(p) == kth))
+
+
+def prune_smallest(
+    selection: Selection,
+    count: int,
+    widths: list[int],
+    make_ranker: Callable[[Members], Ranker],
+    tied: Callable[[Tensor, int], Tensor],
+) -> None:
+    """Prune the `count` smallest candidates of the members, which have keys of sum(widths) bits.
+
+    tied(p, kth): where the candidates of parameter p on this process are that have the key kth.
+    """
     if count <= 0:
         return
+    parts = selection.parts
     rankers = {tuple(m): make_ranker([selection.members[k] for k in m]) for m in parts.members.values()}
     kth, rank, equal = kth_smallest(
-        count, [16, 15], lambda *digit: parts.total(lambda members: rankers[tuple(members)].histogram(*digit))
+        count, widths, lambda *digit: parts.total(lambda members: rankers[tuple(members)].histogram(*digit))
     )
     if list(parts.members) == [()]:  # all on this process: the ranker counts off the ties by itself
         rankers[tuple(parts.members[()])].prune(kth, torch.tensor([rank]))
@@ -147,7 +163,7 @@ def prune(opt, selection: Selection, make_ranker: Callable[[Members], Ranker]) -
         ties = torch.zeros_like(quotas)
         for members, ranker in rankers.items():
             ties[list(members)] = ranker.ties(kth)
-        quotas = _quotas(opt, selection, ties, kth, rank)
+        quotas = _quotas(selection, ties, rank, lambda p: tied(p, kth))
     for members, ranker in rankers.items():
         ranker.prune(kth, quotas[list(members)])
 
@@ -157,7 +173,7 @@ def share(rank: int | Tensor, ties: Tensor) -> Tensor:
     return (rank - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
 
 
-def _quotas(opt, selection: Selection, ties: Tensor, kth: int, rank: int) -> Tensor:
+def _quotas(selection: Selection, ties: Tensor, rank: int, tied: Callable[[Tensor], Tensor]) -> Tensor:
     """How many of each member's ties on this process are among the first `rank` of all."""
     total = selection.parts.each(ties)
     chosen = share(rank - selection.parts.before(ties.sum()), total)
@@ -165,12 +181,12 @@ def _quotas(opt, selection: Selection, ties: Tensor, kth: int, rank: int) -> Ten
     for k in ((chosen > 0) & (chosen < total)).nonzero().flatten().tolist():  # one at most
         p = selection.members[k][1]
         if is_dtensor(p):
-            quotas[k] = _first_here(p, candidates(opt, p) & (magnitudes(p) == kth), int(chosen[k]))
+            quotas[k] = _first_here(p, tied(p), int(chosen[k]))
     return quotas
 
 
 def _first_here(p: Tensor, tied: Tensor, count: int) -> Tensor:
-    """How many of the entries `tied` on this process are among the first `count` of the whole parameter."""
+    """How many of the entries (or rows) `tied` on this process are among the first `count` of the whole parameter."""
     index = torch.zeros(int(tied.sum()), dtype=torch.int64)
     for d, position in enumerate(tied.nonzero(as_tuple=True)):
         index = index * p.shape[d] + indices(p, d)[position].cpu()
@@ -213,10 +229,15 @@ class TorchRanker:
             first = (tied.flatten().cumsum(0) <= left[k]).reshape(tied.shape) & tied
             if shared:
                 left = [left[k] - int(first.sum())] * len(left)
-            _zero(local_state(self.opt.state[p]), gs, local(p), free & (key < kth) | first)
+            self.zero(gs, p, free & (key < kth) | first)
+
+    def zero(self, gs: GroupStep, p: Tensor, chosen: Tensor) -> None:
+        """Prune what was chosen of p's candidates on this process."""
+        zero(local_state(self.opt.state[p]), gs, local(p), chosen)
 
 
-def _zero(state: dict, gs: GroupStep, p: Tensor, new: Tensor) -> None:
+@torch.no_grad()
+def zero(state: dict, gs: GroupStep, p: Tensor, new: Tensor) -> None:
     """Prune the entries `new` of a parameter."""
     mask.set_pruned(state, p, mask.pruned(state, p) | new)
     p.masked_fill_(new, 0.0)

@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "blocks.h"
+#include "prune_word.h"
 
 namespace fuseopt {
 namespace {
@@ -35,20 +35,6 @@ void for_each_candidate_word(const BlockView& view, const Fn& fn) {
     magnitudes[view.t.storage](tile.span, magnitude);
     for (int64_t w = 0; 32 * w < tile.span.n; ++w)
       if (const uint32_t free = candidates(tile.span, w)) fn(tile.span, w, free, magnitude + 32 * w);
-  }
-}
-
-void prune_word(const BlockView& view, const Span& span, int64_t w, uint32_t chosen) {
-  if (!chosen) return;
-  span.pruned[w] |= chosen;
-  const int64_t size = element_size(view.t.storage);
-  const int64_t at = (static_cast<char*>(span.p) - static_cast<char*>(view.t.p)) / size - view.begin + 32 * w;
-  for (; chosen; chosen &= chosen - 1) {
-    const int64_t j = __builtin_ctz(chosen);
-    std::memset(static_cast<char*>(span.p) + (32 * w + j) * size, 0, size);
-    if (view.group.stage.keep_moments == 0)
-      for (int k = 0; k < view.group.slots; ++k) std::memset(static_cast<char*>(span.slot[k]) + (32 * w + j) * size, 0, size);
-    for (int e = 0; e < view.group.n_ema; ++e) std::memset(view.ema(e, at + j), 0, ema_size(view.t.storage));
   }
 }
 

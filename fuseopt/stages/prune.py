@@ -4,6 +4,7 @@ A pruning step updates first, then selects on the new weights, then zeroes: no f
 weight that should be gone. Between pruning steps the mask rides in the update pass.
 """
 
+import re
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,13 +16,18 @@ SCOPES = ("global", "tensor")
 
 @dataclass(frozen=True)
 class Prune:
-    """Prunes the smallest weights to a sparsity, or everything below a threshold.
+    """Prunes the smallest weights to a sparsity, to a pattern, or everything below a threshold.
 
     Args:
         sparsity: the share of zeros to reach, in [0, 1). Exactly round(sparsity * n) entries are
             pruned, the smallest by (|p|, parameter order, flat index), n being all entries of the
             prunable parameters; frozen entries count in n and are never chosen.
         threshold: instead of a sparsity, prune |p| < threshold at every step from `begin` on.
+        pattern: "unstructured"; "n:m" such as "2:4", which takes no sparsity: of every m entries along
+            dimension 1 (input features, or channels) the n largest stay, of equal ones the first, and a
+            shorter last group is filled up with zeros; "rows": exactly round(sparsity * R) of all R
+            rows (dimension 0: output features, or channels), the smallest by (L2 norm, parameter
+            order, row), of those without a frozen entry.
         scope: "global" ranks the prunable parameters of all groups with equal Prune options together,
             "tensor" each alone.
         schedule: how sparsity grows from 0 between `begin` and `end`: "cubic", s*(1 - (1 - x)**3) as
@@ -29,25 +35,28 @@ class Prune:
         begin, end, every: acts at the steps t (from 1) with begin <= t <= end and
             (t - begin) % every == 0; end must be such a step, or the sparsity would fall short. end=None
             (default), with any schedule, acts once: at `begin`, to the full sparsity.
+        regrow: at each step that acts, what was pruned is let go first (save frozen entries): the update
+            moves every weight, and all are ranked anew. False (default): masks only grow.
         moments: "zero" clears the optimizer's state of pruned entries, "keep" leaves it running.
 
     Floating parameters with two or more dimensions that are trained (requires_grad) are pruned; a group
-    with prune=None leaves its own alone. A threshold acts on what has a gradient. Masks only grow.
-    Raises ValueError for values outside these.
+    with prune=None leaves its own alone. A threshold acts on what has a gradient. Raises ValueError for
+    values outside these.
     """
 
     sparsity: float | None = None
     threshold: float | None = None
+    pattern: str = "unstructured"
     scope: str = "global"
     schedule: str = "cubic"
     begin: int = 1
     end: int | None = None
     every: int = 1
+    regrow: bool = False
     moments: str = "zero"
 
     def __post_init__(self):
-        if (self.sparsity is None) == (self.threshold is None):
-            raise ValueError("Invalid Prune: give either a sparsity or a threshold")
+        self._check_pattern()
         if self.sparsity is not None and not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1):
             raise ValueError(f"Invalid sparsity: {self.sparsity!r}; give a number in [0, 1)")
         if self.threshold is not None and not (
@@ -57,6 +66,28 @@ class Prune:
         _one_of("scope", self.scope, SCOPES)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("moments", self.moments, ("zero", "keep"))
+        self._check_steps()
+
+    def _check_pattern(self) -> None:
+        """Raise ValueError unless pattern, sparsity, threshold and regrow go together."""
+        n_m = self.pattern not in ("unstructured", "rows") and parse_n_m(self.pattern)
+        if n_m and not self.sparsity is self.threshold is None:
+            name = "threshold" if self.sparsity is None else "sparsity"
+            raise ValueError(
+                f"Invalid Prune {name}: {getattr(self, name)!r}; pattern={self.pattern!r} prunes "
+                f"{n_m[1] - n_m[0]} of every {n_m[1]} whatever they are: leave {name} out"
+            )
+        if not n_m and (self.sparsity is None) == (self.threshold is None):
+            raise ValueError("Invalid Prune: give either a sparsity or a threshold")
+        if self.pattern == "rows" and self.threshold is not None:
+            raise ValueError(f"Invalid Prune threshold: {self.threshold!r}; pattern='rows' takes a sparsity")
+        if not isinstance(self.regrow, bool):
+            raise ValueError(f"Invalid Prune regrow: {self.regrow!r}; give True or False")
+        if self.regrow and self.threshold is not None:
+            raise ValueError("Invalid Prune regrow: a threshold holds at every step; give a sparsity or a pattern 'n:m'")
+
+    def _check_steps(self) -> None:
+        """Raise ValueError unless begin, end and every go together."""
         for name in ("begin", "every") + (("end",) if self.end is not None else ()):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -73,6 +104,17 @@ class Prune:
             )
 
 
+def parse_n_m(pattern: str) -> tuple[int, int]:
+    """(n, m) of a pattern "n:m". Raises ValueError unless 0 < n < m <= 32."""
+    found = isinstance(pattern, str) and re.fullmatch(r"(\d{1,2}):(\d{1,2})", pattern)
+    n, m = map(int, found.groups()) if found else (0, 0)
+    if not 0 < n < m <= 32:
+        raise ValueError(
+            f"Invalid Prune pattern: {pattern!r}; use 'unstructured', 'rows', or 'n:m' with 0 < n < m <= 32, as '2:4'"
+        )
+    return n, m
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"Invalid Prune {name}: {value!r}; use one of {', '.join(map(repr, allowed))}")
@@ -80,12 +122,15 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def sparsity_at(options: dict | None, t: int) -> float | None:
     """The sparsity to prune to at step t; None at steps that do not select."""
-    if options is None or options["sparsity"] is None:
+    if options is None or options["threshold"] is not None:
         return None
     begin, s = options["begin"], options["sparsity"]
     end = begin if options["end"] is None else options["end"]
     if not begin <= t <= end or (t - begin) % options["every"]:
         return None
+    if s is None:  # n:m has no other
+        n, m = parse_n_m(options["pattern"])
+        return 1 - n / m
     x = 1.0 if end == begin else (t - begin) / (end - begin)
     return s * x if options["schedule"] == "linear" else s * (1 - (1 - x) ** 3)
 
@@ -114,6 +159,30 @@ def smallest(weights: list[Tensor], candidates: list[Tensor], count: int) -> lis
     chosen[index[torch.sort(magnitude[index], stable=True).indices[:count]]] = True
     parts = chosen.split([w.numel() for w in weights])
     return [part.reshape(w.shape) for part, w in zip(parts, weights, strict=True)]
+
+
+def smallest_of_m(w: Tensor, candidates: Tensor, pruned: Tensor, n: int, m: int) -> Tensor:
+    """The reference of n:m: which candidates go, one group after the other. Shapes as `w`."""
+    keys, free, gone = (x.movedim(1, -1).reshape(-1, x.shape[1]) for x in (w.detach().float().abs(), candidates, pruned))
+    chosen = torch.zeros_like(free)
+    for row in range(len(keys)):
+        for first in range(0, keys.shape[1], m):
+            group = range(first, min(first + m, keys.shape[1]))
+            count = len(group) - n - int(gone[row, group].sum())
+            ranked = sorted((j for j in group if free[row, j]), key=lambda j: (float(keys[row, j]), -j))
+            chosen[row, ranked[: max(count, 0)]] = True
+    moved = w.movedim(1, -1).shape
+    return chosen.reshape(moved).movedim(-1, 1)
+
+
+def smallest_rows(weights: list[Tensor], candidates: list[Tensor], count: int) -> list[Tensor]:
+    """The reference of "rows": masks of the `count` candidate rows of least norm, by (norm, tensor, row)."""
+    squares = [w.detach().double().square().flatten(1).sum(1).tolist() for w in weights]
+    free = [(square, k, i) for k, rows in enumerate(squares) for i, square in enumerate(rows) if candidates[k][i]]
+    chosen = [torch.zeros_like(c) for c in candidates]
+    for _, k, i in sorted(free)[:count]:
+        chosen[k][i] = True
+    return chosen
 
 
 def apply(x: Tensor, pruned: Tensor) -> Tensor:
