@@ -37,7 +37,10 @@ def let_go(opt, step: plan.Step) -> None:
             state = opt.state.get(p, {})
             if "prune_mask" in state:
                 mask.into_memory_order(state, p)
-                mask.set_pruned(state, local(p), held(opt, gs, p)[0])
+                if state.get("mask_freeze"):
+                    mask.set_pruned(state, local(p), held(opt, gs, p)[0])
+                else:
+                    state["prune_mask"].zero_()
 
 
 def check(opt, selection: select.Selection) -> None:

@@ -28,7 +28,10 @@ void put(const BitMask& bits, bool set, int32_t value, int64_t at, int64_t n, in
   for (int64_t j = 0; j < n; j += 32) {
     uint32_t word = bits.word(at + j, total - at - j) ^ (set ? 0u : ~0u);
     if (n - j < 32) word &= (1u << (n - j)) - 1;
-    for (; word; word &= word - 1) key[j + __builtin_ctz(word)] = value;
+    if (word && n - j >= 32)
+      for (int k = 0; k < 32; ++k) key[j + k] = select(word & kBit[k], value, key[j + k]);
+    else
+      for (; word; word &= word - 1) key[j + __builtin_ctz(word)] = value;
   }
 }
 
@@ -38,25 +41,32 @@ void load(const Tensor& t, int64_t at, int64_t n, int32_t* key) {
   put({t.pruned, t.n, 1}, true, kPruned, at, n, t.n, key);
 }
 
-// out[j * step] = 1 for the entries of a group that are not among its n largest.
-template <class M>
-void choose(const int32_t* key, int64_t step, M m, int n, uint8_t* out) {
-  for (int j = 0; j < m; ++j) {
-    int before = 0;
-    for (int i = 0; i < m; ++i)
-      before += i < j ? key[i * step] >= key[j * step] : key[i * step] > key[j * step];
-    out[j * step] = before >= n;
-  }
+// out = ~0 for the entries that are not among the n largest of their group: `count` groups of m entries that lie
+// `step` apart, the groups side by side; or with step = 1 one after the other.
+template <class M, class Step>
+void choose(const int32_t* __restrict key, int64_t count, M m, Step step, int n, uint32_t* __restrict out) {
+  const int64_t apart = step == 1 ? m : 1;
+  for (int64_t k = 0; k < count; ++k)
+    for (int j = 0; j < m; ++j) {
+      const int32_t own = key[k * apart + j * step];
+      int before = 0;
+      for (int i = 0; i < j; ++i) before += key[k * apart + i * step] >= own;
+      for (int i = j + 1; i < m; ++i) before += key[k * apart + i * step] > own;
+      out[k * apart + j * step] = -uint32_t(before >= n);
+    }
 }
 
-// Sets the bits at .. at + n - 1 that have a 1 in `chosen`. Neighbouring pieces may share a word.
-void mark(const uint8_t* chosen, int64_t at, int64_t n, uint32_t* marks) {
+// Sets the bits at .. at + n - 1 where `chosen` is not 0. Neighbouring pieces may share a word.
+void mark(const uint32_t* chosen, int64_t at, int64_t n, uint32_t* marks) {
   for (int64_t j = 0; j < n;) {
-    const int first = int((at + j) & 31);
-    const int64_t end = std::min(n, j + 32 - first);
+    const int first = int((at + j) & 31), bits = int(std::min<int64_t>(n - j, 32 - first));
     uint32_t word = 0;
-    for (int bit = first; j < end; ++j, ++bit) word |= uint32_t(chosen[j]) << bit;
-    if (word) __atomic_fetch_or(&marks[(at + j - 1) >> 5], word, __ATOMIC_RELAXED);
+    if (bits == 32)
+      for (int k = 0; k < 32; ++k) word |= chosen[j + k] & kBit[k];
+    else
+      for (int k = 0; k < bits; ++k) word |= chosen[j + k] & kBit[first + k];
+    if (word) __atomic_fetch_or(&marks[(at + j) >> 5], word, __ATOMIC_RELAXED);
+    j += bits;
   }
 }
 
@@ -70,16 +80,17 @@ struct Piece {
 template <class M>
 void mark_piece(const Tensor& t, const Piece& piece, M m, int n, uint32_t* marks) {
   alignas(64) int32_t key[kTile];
-  alignas(64) uint8_t chosen[kTile];
-  const bool whole = piece.columns == piece.stride;  // then it is one run of memory
-  const int64_t loads = whole ? 1 : piece.entries, length = whole ? piece.entries * piece.columns : piece.columns;
+  alignas(64) uint32_t chosen[kTile];
+  const int64_t columns = piece.columns, whole = piece.entries / m, rest = piece.entries % m;
+  const bool together = columns == piece.stride;  // in one run of memory
+  const int64_t loads = together ? 1 : piece.entries, length = together ? piece.entries * columns : columns;
   for (int64_t c = 0; c < loads; ++c) load(t, piece.at + c * piece.stride, length, key + c * length);
-  for (int64_t g = 0; g < piece.entries; g += m)
-    for (int64_t i = g * piece.columns; i < (g + 1) * piece.columns; ++i)
-      if (piece.entries - g >= m)
-        choose(key + i, piece.columns, m, n, chosen + i);
-      else
-        choose(key + i, piece.columns, int(piece.entries - g), n, chosen + i);
+  if (columns == 1)
+    choose(key, whole, m, std::integral_constant<int, 1>(), n, chosen);
+  else
+    for (int64_t g = 0; g < whole; ++g) choose(key + g * m * columns, columns, m, columns, n, chosen + g * m * columns);
+  const int64_t done = whole * m * columns;
+  if (rest) choose(key + done, columns, int(rest), columns, n, chosen + done);
   for (int64_t c = 0; c < loads; ++c) mark(chosen + c * length, piece.at + c * piece.stride, length, marks);
 }
 
