@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import averages, backends, checkpoint, checks, distributed, explain, plan
+from . import averages, backends, checkpoint, checks, distributed, explain, plan, pruning
 from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
 from .stages import mask
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(pruning.PruneMethods, torch.optim.Optimizer):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
     Stage options, by keyword on every class; the first four may differ between parameter groups, and
@@ -229,12 +229,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         mask.check_keep(p.shape, keep, name)
         plan.make_state(self)  # torch.distributed.checkpoint takes any state for a whole one
         mask.replace(self.state[p], p, None if bool(keep.all()) else keep, mode == "freeze")
-
-    def prune_mask(self, param: Tensor | str) -> Tensor | None:
-        """Boolean tensor of the parameter's shape, True where pruned; None where nothing is."""
-        _, p, _ = checks.find(self, param)
-        pruned = mask.pruned(self.state.get(p, {}), distributed.local(p))
-        return None if pruned is None else distributed.whole(p, pruned, set(range(p.dim())))
 
     def swap_ema(self, k: int = 0) -> AbstractContextManager[None]:
         """Within the block the parameters hold average `k`; afterwards their own bits again.

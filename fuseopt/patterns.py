@@ -167,8 +167,8 @@ def _check_rows(opt, selection: select.Selection) -> None:
     if target > gone + free:
         where = "the prunable parameters" if len(selection.members) > 1 else name_of(opt, selection.members[0][1])
         raise ValueError(
-            f"sparsity {selection.sparsity:g} of {where} asks to prune {target} of {rows} rows, but masks freeze entries "
-            f"of all but {gone + free}; lower the sparsity, or put frozen parameters in a group with prune=None"
+            f"sparsity {selection.sparsity:g} of {where} asks to prune {target} of {rows} rows, but masks freeze "
+            f"entries of all but {gone + free}; lower the sparsity, or put frozen parameters in a group with prune=None"
         )
 
 

@@ -16,6 +16,7 @@ from .checks import name_of
 from .distributed import Parts, indices, is_dtensor, local, local_state
 from .plan import GroupStep, Step, frozen, prunable
 from .stages import mask
+from .stages import prune as prune_options
 
 Members = list[tuple[GroupStep, Tensor]]
 
@@ -57,7 +58,7 @@ def selections(opt, step: Step) -> list[Selection]:
         options = gs.group["prune"]
         alike = next((selection for seen, selection in found if seen == options), None)
         pattern = options["pattern"]
-        if options["scope"] == "tensor" or ":" in pattern:
+        if options["scope"] == "tensor" or prune_options.is_n_m(options):
             found += [(options, Selection([member], gs.sparsity, Parts([member[1]]), pattern)) for member in members]
         elif alike is None:
             found.append((options, Selection(members, gs.sparsity, None, pattern)))

@@ -84,7 +84,7 @@ class Prune:
         if not isinstance(self.regrow, bool):
             raise ValueError(f"Invalid Prune regrow: {self.regrow!r}; give True or False")
         if self.regrow and self.threshold is not None:
-            raise ValueError("Invalid Prune regrow: a threshold holds at every step; give a sparsity or a pattern 'n:m'")
+            raise ValueError("Invalid Prune regrow: a threshold holds at every step; give a sparsity or 'n:m'")
 
     def _check_steps(self) -> None:
         """Raise ValueError unless begin, end and every go together."""
@@ -118,6 +118,11 @@ def parse_n_m(pattern: str) -> tuple[int, int]:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"Invalid Prune {name}: {value!r}; use one of {', '.join(map(repr, allowed))}")
+
+
+def is_n_m(options: dict | None) -> bool:
+    """Whether a group's options prune to a pattern n:m."""
+    return options is not None and ":" in options["pattern"]
 
 
 def sparsity_at(options: dict | None, t: int) -> float | None:
@@ -163,7 +168,8 @@ def smallest(weights: list[Tensor], candidates: list[Tensor], count: int) -> lis
 
 def smallest_of_m(w: Tensor, candidates: Tensor, pruned: Tensor, n: int, m: int) -> Tensor:
     """The reference of n:m: which candidates go, one group after the other. Shapes as `w`."""
-    keys, free, gone = (x.movedim(1, -1).reshape(-1, x.shape[1]) for x in (w.detach().float().abs(), candidates, pruned))
+    flat = [x.movedim(1, -1).reshape(-1, w.shape[1]) for x in (w.detach().float().abs(), candidates, pruned)]
+    keys, free, gone = flat
     chosen = torch.zeros_like(free)
     for row in range(len(keys)):
         for first in range(0, keys.shape[1], m):
