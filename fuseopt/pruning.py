@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import custom_from_mask
 
 from .checks import find, name_of
 from .distributed import Parts, drop_gathered, is_dtensor, local, whole
@@ -46,7 +47,7 @@ class PruneMethods:
             for options in (self.defaults, *self.param_groups):
                 options["prune"] = None
             for (module, name), p in places:
-                nn.utils.prune.custom_from_mask(module, name, ~pruned[p])
+                custom_from_mask(module, name, ~pruned[p])
 
 
 def _end(state: dict, p: Tensor, gone: Tensor, without_value: set[str]) -> None:
@@ -148,12 +149,9 @@ class Sparsity(Mapping):
         return len(self._rows)
 
     def __str__(self) -> str:
-        *rows, last = [
-            (row.name, f"{row.zeros:,}", f"{row.elements:,}", f"{row.share:.2%}")
-            for row in (*self.values(), self.total)
-        ]
-        lines = _table(("tensor", "zeros", "elements", "share"), [*rows, last], "")
-        return lines.rstrip()
+        every = (*self.values(), self.total)
+        rows = [(row.name, f"{row.zeros:,}", f"{row.elements:,}", f"{row.share:.2%}") for row in every]
+        return _table(("tensor", "zeros", "elements", "share"), rows)
 
     __repr__ = __str__
 
@@ -193,7 +191,7 @@ class Groups:
 
 
 class PatternReport(Mapping):
-    """What `check_n_m` found: by name the Groups of each tensor. True, and `passed`, if nothing violates its pattern."""
+    """What `check_n_m` found: by name the Groups of each tensor. True, and `passed`, if all keep to their pattern."""
 
     def __init__(self, rows: list[Groups]):
         self._rows = {row.name: row for row in rows}
