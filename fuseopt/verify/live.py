@@ -102,16 +102,23 @@ class StepFacts:
             return torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
         return ~self.keep(p)
 
+    def still_pruned(self, options: dict, p: Tensor, pruned: Tensor | None) -> Tensor:
+        """What of `pruned`, flat, this step does not free before it updates."""
+        if pruned is None:
+            return torch.zeros_like(self.frozen(p))
+        freed = recipe.lets_go(options.get("prune"), self.t) and recipe.is_prunable(p)
+        return pruned & self.frozen(p) if freed else pruned
+
     def gradient(self, p: Tensor) -> Tensor:
         """The gradient unscaled and masked; float64, flat."""
         return recipe.unscale_and_mask(flat(self.grads[p]), self.grad_scale, self.keep(p))
 
     def free_gradients(self, pruned: dict[Tensor, Tensor | None]) -> list[Tensor]:
         """The gradients of entries that the step may change; pruned: the masks before it."""
+        options = {p: options for options, named in self.groups() for _, p in named}
         out = []
         for p in self.grads:
             g = self.gradient(p)
-            if pruned.get(p) is not None:
-                g[pruned[p]] = 0
+            g[self.still_pruned(options[p], p, pruned.get(p))] = 0
             out.append(g)
         return out

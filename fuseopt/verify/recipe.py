@@ -121,9 +121,12 @@ def ema_decay(options: dict, t: int) -> float:
 
 def sparsity_at(options: dict | None, t: int) -> float | None:
     """The sparsity to prune to after step t; None at steps that do not select."""
-    if options is None or options["sparsity"] is None:
+    if options is None or options["threshold"] is not None:
         return None
     begin, end, final = options["begin"], options["end"], options["sparsity"]
+    if n_of_m(options):  # at every step that acts
+        acts = t == begin if end is None else begin <= t <= end and (t - begin) % options["every"] == 0
+        return 1 - n_of_m(options)[0] / n_of_m(options)[1] if acts else None
     if options["schedule"] == "once" or end is None or end == begin:
         return final if t == begin else None
     if t < begin or t > end or (t - begin) % options["every"] != 0:
@@ -132,6 +135,17 @@ def sparsity_at(options: dict | None, t: int) -> float | None:
     if options["schedule"] == "linear":
         return final * progress
     return final + (0.0 - final) * (1 - progress) ** 3
+
+
+def n_of_m(options: dict) -> tuple[int, int] | None:
+    """(2, 4) of the pattern "2:4"; None of others."""
+    n, colon, m = options["pattern"].partition(":")
+    return (int(n), int(m)) if colon else None
+
+
+def lets_go(options: dict | None, t: int) -> bool:
+    """Whether step t frees what is pruned before it updates."""
+    return options is not None and options["regrow"] and sparsity_at(options, t) is not None
 
 
 def threshold_at(options: dict | None, t: int) -> float:

@@ -27,7 +27,7 @@ BOUNDS = {
     "skipped": ("0 bits", "found_inf skips the step, its counts and its schedules"),
     "pruned": ("0 entries", "pruned weights, their moments and averages are exactly +0.0"),
     "prune_mask": ("0 entries", "decisions: on the live weights, wrong only if no rounding could excuse it"),
-    "prune_count": ("0 entries", "exactly round(sparsity * n) entries are pruned"),
+    "prune_count": ("0 entries", "exactly round(sparsity * n) entries, or rows, are pruned; m - n of every m"),
     "statistics": ("8 roundoffs, relative", "double sums over gradients that were rounded once or twice"),
 }
 

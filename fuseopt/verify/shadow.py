@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import judge, recipe
+from . import judge, patterns, recipe
 from .entry import Entry
 from .judge import Candidate, Interval
 from .live import StepFacts, computes_in, differ, flat, live_pruned, live_streams
@@ -36,22 +36,33 @@ class Shadow:
                 candidate = self._parameter(facts, options, name, p, sparsity is not None)
                 if sparsity is None or not recipe.is_prunable(p):
                     continue
+                if recipe.n_of_m(prune):
+                    found = patterns.n_m_mismatches(candidate, p.shape, *recipe.n_of_m(prune), ties=self.single)
+                    self._count(name, facts.t, *found)
+                    continue
+                if prune["pattern"] == "rows":
+                    candidate, broken = patterns.by_rows(candidate, p.shape)
+                    self._count(name, facts.t, broken, 0)
                 alike = [entry[3] for entry in together if entry[0] == prune and prune["scope"] == "global"]
                 if alike:  # all groups that prune alike are ranked together
                     alike[0].append(candidate)
                 else:
                     where = name if prune["scope"] == "tensor" else "all that prune alike"
                     together.append((prune, sparsity, where, [candidate]))
-        for _, sparsity, where, members in together:
-            wrong, off_by = judge.selection_mismatches(members, sparsity, ties=self.single)
-            self.tally.count(self.check, where, "prune_mask", facts.t, wrong)
-            self.tally.count(self.check, where, "prune_count", facts.t, off_by)
+        for prune, sparsity, where, members in together:
+            ties = self.single and prune["pattern"] != "rows"  # rows tie by sums, whose order is not ours to know
+            self._count(where, facts.t, *judge.selection_mismatches(members, sparsity, ties))
+
+    def _count(self, where: str, t: int, wrong: int, off_by: int) -> None:
+        """Note entries (or rows) wrongly chosen, and how far their number is off."""
+        self.tally.count(self.check, where, "prune_mask", t, wrong)
+        self.tally.count(self.check, where, "prune_count", t, off_by)
 
     def _parameter(self, facts: StepFacts, options: dict, name: str, p: Tensor, selects: bool) -> Candidate:
         """One parameter's step, comparison and new copy. Returns what a selection sees of it."""
         entry, live = self.entries[p], live_streams(facts.opt, facts.kind, p)
         frozen, nothing = facts.frozen(p), torch.zeros_like(facts.frozen(p))
-        before = nothing if entry.pruned is None else entry.pruned
+        before = facts.still_pruned(options, p, entry.pruned)
         after = live_pruned(facts.opt, p)
         after = nothing if after is None else after
 
