@@ -240,7 +240,7 @@ def test_rows_that_are_partly_pruned_are_not_pruned_rows(backend):
 SCHEDULES = {
     "once": {"begin": 2, "schedule": "once"},
     "linear": {"begin": 2, "end": 5, "schedule": "linear"},
-    "cubic": {"begin": 1, "end": 7, "every": 3},
+    "cubic": {"begin": 1, "end": 7, "every": 2},
 }
 RULES = {
     # With a small eps every update from moments of 0 is as large: all ties.
