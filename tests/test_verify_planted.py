@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fuseopt
-from fuseopt import reference, rules, select, verify
+from fuseopt import patterns, reference, rules, select, verify
 from fuseopt.stages import clip, decay, ema, prune
 
 LR = 1e-2
@@ -108,6 +108,63 @@ def prunes_one_too_few(patch):
     patch.setattr(select, "kth_smallest", lambda count, *rest: kth_smallest(count - 1, *rest))
 
 
+def one_group_keeps_the_wrong_entry(patch):
+    beyond = patterns._beyond
+
+    def wrong(p, pruned, frozen, n, m):
+        out = beyond(p, pruned, frozen, n, m)
+        row, group = 9, out[9, 8:12]  # two of its entries are pruned, and no two are equal
+        out[row, 8:12] = ~group
+        return out
+
+    patch.setattr(patterns, "_beyond", wrong)
+
+
+def one_group_keeps_too_many(patch):
+    beyond = patterns._beyond
+
+    def wrong(p, *rest):
+        out = beyond(p, *rest)
+        out[9, 8:12] = False
+        return out
+
+    patch.setattr(patterns, "_beyond", wrong)
+
+
+def ties_of_a_group_from_the_front(patch):
+    beyond = patterns._beyond
+    patch.setattr(patterns, "_beyond", lambda *a: beyond(*(x.flip(1) for x in a[:3]), *a[3:]).flip(1))
+
+
+def one_row_for_another(patch):
+    keys = patterns._keys
+
+    def wrong(p):
+        out = keys(p)
+        free = out.nonzero().flatten()
+        order = free[out[free].argsort()]
+        least, most = order[0].item(), order[-1].item()
+        out[[least, most]] = out[[most, least]]
+        return out
+
+    patch.setattr(patterns, "_keys", wrong)
+
+
+def half_a_row(patch):
+    zero = select.zero
+
+    def wrong(state, gs, p, new):
+        new = new.clone()
+        new[:, 8:] = False
+        zero(state, gs, p, new)
+
+    patch.setattr(select, "zero", wrong)
+
+
+def nothing_is_let_go(patch):
+    patch.setattr(patterns, "let_go", lambda opt, step: None)
+
+
 def linear_for_cubic(patch):
     at = prune.sparsity_at
     patch.setattr(prune, "sparsity_at", lambda o, t: at(o and {**o, "schedule": "linear"}, t))
@@ -154,6 +211,10 @@ FULL = {
     "prune": fuseopt.Prune(0.5, begin=2, end=5),
     "statistics": True,
 }
+N_M = {"ema": AVERAGES, "prune": fuseopt.Prune(pattern="2:4", begin=2), "columns": True}
+N_M_REGROW = {"prune": fuseopt.Prune(pattern="2:4", end=3, regrow=True), "columns": True}
+ROWS = {"ema": AVERAGES, "prune": fuseopt.Prune(0.4, pattern="rows", begin=2, end=4, schedule="linear")}
+ROWS_REGROW = {"statistics": True, "prune": fuseopt.Prune(0.4, pattern="rows", end=4, regrow=True)}
 # mistake, class, options, the stream that must fail
 PLANTS = [
     (decay_after_the_update, fuseopt.AdamW, {}, "p"),
@@ -168,6 +229,13 @@ PLANTS = [
     (ties_from_the_end, fuseopt.AdamW, {"prune": fuseopt.Prune(0.5)}, "prune_mask"),
     (prunes_the_largest, fuseopt.AdamW, FULL, "prune_mask"),
     (prunes_one_too_few, fuseopt.AdamW, FULL, "prune_count"),
+    (one_group_keeps_the_wrong_entry, fuseopt.AdamW, N_M, "prune_mask"),
+    (one_group_keeps_too_many, fuseopt.AdamW, N_M, "prune_count"),
+    (ties_of_a_group_from_the_front, fuseopt.AdamW, N_M, "prune_mask"),
+    (one_row_for_another, fuseopt.AdamW, ROWS, "prune_mask"),
+    (half_a_row, fuseopt.AdamW, ROWS, "prune_mask"),
+    (nothing_is_let_go, fuseopt.AdamW, N_M_REGROW, "prune_mask"),
+    (nothing_is_let_go, fuseopt.AdamW, ROWS_REGROW, "grad_norm"),
     (linear_for_cubic, fuseopt.AdamW, FULL, "prune_count"),
     (threshold_a_step_late, fuseopt.AdamW, THRESHOLD, "prune_mask"),
     (negative_zero_where_pruned, fuseopt.AdamW, FULL, "pruned"),
@@ -192,8 +260,10 @@ def make(cls, options):
         params[0][:, :3] = 0.0
         params[0][:, 3:6] = -0.0
         params[0][:, 6:] = params[0][:, 6:].sign() * 0.25
+    options = dict(options)
+    columns = options.pop("columns", False)  # of every four one is frozen, where rows would leave none to prune
     opt = cls(params, lr=LR, weight_decay=0.1, backend="torch", **options)
-    opt.mask(params[0], torch.rand(32, 1) > 0.3)
+    opt.mask(params[0], torch.arange(16) % 4 > 0 if columns else torch.rand(32, 1) > 0.3)
     opt.mask(params[1], torch.rand(16) > 0.3, mode="grad")
     return opt, params
 
