@@ -88,12 +88,12 @@ def run(opt, step: plan.Step) -> None:
     name = choose(opt)
     if name == "cpu" and _cpu_steady_step(opt, step):
         return
-    update, ranker, prune_n_m = TABLE[name]
+    update, ranker = TABLE[name]
     with held(), torch.device("cpu"):  # where counters and counts lie, whatever torch's default device
         prepared = update(opt, step)
         _copy_into_new_averages(opt, prepared)
         for selection in select.selections(opt, step):
-            patterns.prune(opt, selection, ranker, prune_n_m)
+            patterns.prune(opt, selection, lambda members: ranker(opt, members))
             _increment_version([p for _, p in selection.members])
         for p in prepared:
             opt._placeholders.pop(p, None)
@@ -296,22 +296,18 @@ class _CpuRanker:
                 quotas[k] = 0
         self.table.prune(kth, quotas.contiguous().data_ptr(), shared)
 
+    def prune_n_m(self, n: int, m: int) -> None:
+        here = distributed.local(self.members[0][1])
+        self.table.prune_n_m(n, m, here.shape[1], here.stride(1))
+
 
 def _cpu_ranker(opt, members: select.Members) -> select.Ranker:
     """Parameters whose memory has gaps are ranked by torch."""
     here = [distributed.local(p) for _, p in members]
-    return (_CpuRanker if all(in_layout_of(p, p) is p for p in here) else select.TorchRanker)(opt, members)
+    return (_CpuRanker if all(in_layout_of(p, p) is p for p in here) else patterns.TorchRanker)(opt, members)
 
 
-def _cpu_prune_n_m(opt, gs: plan.GroupStep, p: Tensor, n: int, m: int) -> None:
-    """patterns.prune_n_m by compiled loops, in any order of the memory, but not across gaps in it."""
-    here = distributed.local(p)
-    if in_layout_of(here, here) is not here:
-        return patterns.prune_n_m(opt, gs, p, n, m)
-    _CpuRanker(opt, [(gs, p)]).table.prune_n_m(n, m, here.shape[1], here.stride(1))
-
-
-TABLE: dict[str, tuple[Callable, Callable, Callable]] = {
-    "cpu": (_cpu_update, _cpu_ranker, _cpu_prune_n_m),
-    "torch": (_torch_update, select.TorchRanker, patterns.prune_n_m),
+TABLE: dict[str, tuple[Callable, Callable]] = {
+    "cpu": (_cpu_update, _cpu_ranker),
+    "torch": (_torch_update, patterns.TorchRanker),
 }

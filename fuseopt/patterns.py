@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import plan, select
 from .checks import name_of
-from .distributed import indices, is_dtensor, local, local_state
+from .distributed import indices, is_dtensor, local
 from .stages import mask
 from .stages.prune import parse_n_m
 
@@ -48,16 +48,16 @@ def check(opt, selection: select.Selection) -> None:
     {"unstructured": select.check_enough, "rows": _check_rows}.get(selection.pattern, _check_n_m)(opt, selection)
 
 
-def prune(opt, selection: select.Selection, make_ranker: Callable, prune_n_m: Callable) -> None:
-    """Zero what a selection chooses of the new weights, their moments and averages. The callables are the backend's."""
+def prune(opt, selection: select.Selection, make_ranker: Callable[[select.Members], select.Ranker]) -> None:
+    """Zero what a selection chooses of the new weights, their moments and averages."""
     if selection.pattern == "unstructured":
-        select.prune(opt, selection, lambda members: make_ranker(opt, members))
+        select.prune(opt, selection, make_ranker)
     elif selection.pattern == "rows":
         _prune_rows(opt, selection)
     else:
-        (gs, p), (n, m) = selection.members[0], parse_n_m(selection.pattern)
+        (_, p), (n, m) = selection.members[0], parse_n_m(selection.pattern)
         if local(p).numel() and local(p).shape[1] > n:
-            prune_n_m(opt, gs, p, n, m)
+            make_ranker(selection.members).prune_n_m(n, m)
 
 
 # ---- n of every m --------------------------------------------------------------------------------
@@ -97,22 +97,24 @@ def _has_whole_groups(p: Tensor, m: int) -> bool:
     return full and bool((together & (index % m == place % m)).all())
 
 
-def prune_n_m(opt, gs: plan.GroupStep, p: Tensor, n: int, m: int) -> None:
-    """Prune a parameter, as far as it lies here, with torch operations."""
-    pruned, frozen = held(opt, gs, p)
-    here = local(p).detach()
-    rows = max(1, CHUNK * len(here) // here.numel())
-    parts = zip(*(x.split(rows) for x in (here, pruned, frozen)), strict=True)
-    select.zero(local_state(opt.state[p]), gs, local(p), torch.cat([_beyond(*part, n, m) for part in parts]))
+class TorchRanker(select.TorchRanker):
+    """select.Ranker with torch operations."""
+
+    def prune_n_m(self, n: int, m: int) -> None:
+        (gs, p), key, free = self.members[0], self.keys[0], self.free[0]
+        pruned = held(self.opt, gs, p)[0]
+        rows = max(1, CHUNK * len(key) // key.numel())
+        parts = zip(*(x.split(rows) for x in (key, free, pruned)), strict=True)
+        self.zero(gs, p, torch.cat([_beyond(*part, n, m) for part in parts]))
 
 
-def _beyond(p: Tensor, pruned: Tensor, frozen: Tensor, n: int, m: int) -> Tensor:
-    """Which entries go: of those free in each group the smallest, of equal ones the last."""
-    key = groups(select.magnitudes(p).long(), m) * m + torch.arange(m - 1, -1, -1, device=p.device)
-    gone, free = groups(pruned, m, True), groups(~(pruned | frozen), m, False)
-    order = torch.where(free, key, torch.iinfo(torch.int64).max).argsort(-1)
+def _beyond(key: Tensor, free: Tensor, pruned: Tensor, n: int, m: int) -> Tensor:
+    """Which of the entries `free` go."""
+    rank = groups(key.long(), m) * m + torch.arange(m - 1, -1, -1, device=key.device)
+    free, gone = groups(free, m, False), groups(pruned, m, True)
+    order = torch.where(free, rank, torch.iinfo(torch.int64).max).argsort(-1)
     chosen = (order.argsort(-1) < m - n - gone.sum(-1, keepdim=True)) & free
-    return chosen.flatten(-2)[..., : p.shape[1]].movedim(-1, 1)
+    return chosen.flatten(-2)[..., : key.shape[1]].movedim(-1, 1)
 
 
 # ---- whole rows ----------------------------------------------------------------------------------

@@ -47,6 +47,11 @@ class Ranker(Protocol):
         quotas is a single number for several members, the first so many of them all."""
         ...
 
+    def prune_n_m(self, n: int, m: int) -> None:
+        """Prune the only member: of the candidates of each group of m entries along dimension 1 the smallest, of
+        equal ones the last, until n are left."""
+        ...
+
 
 def selections(opt, step: Step) -> list[Selection]:
     """What prunes at this step: the parameters of all groups whose options are equal, or each tensor alone."""

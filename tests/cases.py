@@ -122,6 +122,8 @@ STAGES = (
     Stage("threshold-keep", {"moments": "keep"}, prune_threshold=True),
     Stage("sparsity", {"prune": Prune(0.6, begin=1, end=3, schedule="linear")}),
     Stage("sparsity-tensor", {"prune": Prune(0.6, begin=2, scope="tensor", moments="keep")}),
+    Stage("sparsity-n-m", {"prune": Prune(pattern="2:4", begin=2), "ema": _two_averages}),
+    Stage("sparsity-rows", {"prune": Prune(0.5, pattern="rows", begin=1, end=3, moments="keep")}),
     Stage("ema", {"ema": _two_averages}),
     Stage("statistics", {"statistics": True}),
     Stage(

@@ -52,7 +52,9 @@ def train(pattern: str, backend: str, place) -> dict:
         prune=PATTERNS[pattern],
         backend=backend,
     )
-    opt.mask(params[0], (torch.arange(24) % 6 > 0) if ":" in PATTERNS[pattern].pattern else torch.arange(13)[:, None] > 1)
+    opt.mask(
+        params[0], (torch.arange(24) % 6 > 0) if ":" in PATTERNS[pattern].pattern else torch.arange(13)[:, None] > 1
+    )
     for t in range(1, 7):
         for k, p in enumerate(params):
             p.grad = place(gradient(SHAPES[k], 10 * t + k))
@@ -120,7 +122,9 @@ def plain_parts(world: int) -> dict:
     rank = torch.distributed.get_rank() if world > 1 else 0
     generator = torch.Generator().manual_seed(1)
     every = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    own = {k: torch.nn.Parameter(w) for k, w in enumerate(every) if world == 1 or k % (world - 1) == rank}  # the last: none
+    own = {
+        k: torch.nn.Parameter(w) for k, w in enumerate(every) if world == 1 or k % (world - 1) == rank
+    }  # the last: none
     opt = fuseopt.SGD(list(own.values()) or [torch.nn.Parameter(torch.ones(0, 3))], lr=0.1, sharded=world > 1,
                       prune=Prune(0.6, pattern="rows", end=3, regrow=True))  # fmt: skip
     for t in range(1, 4):

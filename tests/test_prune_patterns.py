@@ -5,7 +5,21 @@ import math
 
 import pytest
 import torch
-from cases import BF16, DTYPES, F32, F64, Snapshot, assert_same_bits, assert_same_state, bits, element_mask, ident, parameters, run, set_gradients
+from cases import (
+    BF16,
+    DTYPES,
+    F32,
+    F64,
+    Snapshot,
+    assert_same_bits,
+    assert_same_state,
+    bits,
+    element_mask,
+    ident,
+    parameters,
+    run,
+    set_gradients,
+)
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -126,7 +140,9 @@ def test_n_m_holds_from_begin_on(backend):
 
 
 @pytest.mark.parametrize("moments", ("zero", "keep"))
-@pytest.mark.parametrize("prune", ({"pattern": "2:4"}, {"sparsity": 0.5, "pattern": "rows"}), ids=lambda x: x["pattern"])
+@pytest.mark.parametrize(
+    "prune", ({"pattern": "2:4"}, {"sparsity": 0.5, "pattern": "rows"}), ids=lambda x: x["pattern"]
+)
 def test_moments_of_patterns(prune, moments, backend):
     p = parameters([(20, 32)])[0]
     opt = fuseopt.AdamW([p], prune=Prune(**prune, begin=2, moments=moments), backend=backend)
@@ -142,7 +158,9 @@ def test_moments_of_patterns(prune, moments, backend):
 def test_a_group_with_too_few_free_entries_is_refused(regrow, backend):
     """Before anything changes; pruned entries that are frozen later count as pruned, and raise nothing."""
     p = parameters([(6, 8)])[0]
-    opt = fuseopt.AdamW([("head.weight", p)], prune=Prune(pattern="2:4", end=3, regrow=regrow), ema=EMA(0.9), backend=backend)
+    opt = fuseopt.AdamW(
+        [("head.weight", p)], prune=Prune(pattern="2:4", end=3, regrow=regrow), ema=EMA(0.9), backend=backend
+    )
     run(opt, [p], 1)
     opt.mask(p, torch.arange(8)[None, :] >= 4)
     run(opt, [p], 1, 2)
@@ -204,7 +222,11 @@ def test_sums_of_squares_are_formed_in_a_fixed_order(native):
     sums = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        sums += [patterns.squares(tall), patterns.squares(tall.t().contiguous().t()), patterns.squares(row[None]).expand(40)]
+        sums += [
+            patterns.squares(tall),
+            patterns.squares(tall.t().contiguous().t()),
+            patterns.squares(row[None]).expand(40),
+        ]
     for one in sums:
         assert torch.equal(one, sums[0])
         torch.testing.assert_close(one, row.double().square().sum().expand(40), rtol=1e-13, atol=0.0)
@@ -212,7 +234,9 @@ def test_sums_of_squares_are_formed_in_a_fixed_order(native):
 
 def test_too_few_free_rows_are_refused_before_anything_changes(backend):
     params = parameters([(10, 4), (10, 4)])
-    opt = fuseopt.AdamW([("a", params[0]), ("b", params[1])], prune=Prune(0.8, pattern="rows", begin=2), backend=backend)
+    opt = fuseopt.AdamW(
+        [("a", params[0]), ("b", params[1])], prune=Prune(0.8, pattern="rows", begin=2), backend=backend
+    )
     opt.mask(params[0], torch.arange(4)[None, :] < 3)
     run(opt, params, 1)
     set_gradients(params, 2)

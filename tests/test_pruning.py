@@ -195,7 +195,9 @@ def test_sparsity_of_a_model_and_of_an_optimizer():
     expected = {n: (int((p == 0).sum()), p.numel()) for n, p in model.named_parameters()}
     assert {n: (row.zeros, row.elements) for n, row in report.items()} == expected
     assert report["2.weight"].share == 0.5 and report["2.weight"].name == "2.weight"
-    assert report.zeros == sum(z for z, _ in expected.values()) and report.elements == sum(n for _, n in expected.values())
+    assert report.zeros == sum(z for z, _ in expected.values()) and report.elements == sum(
+        n for _, n in expected.values()
+    )
     assert report.share == report.zeros / report.elements
     assert dict(fuseopt.sparsity(opt)) == dict(report)
     lines = str(report).splitlines()
@@ -266,7 +268,9 @@ def test_check_n_m_names_the_first_violation():
 
 def test_check_n_m_takes_each_groups_own_pattern():
     a, b = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(4, 8))
-    opt = fuseopt.SGD([{"params": [a], "prune": Prune(pattern="1:4")}, {"params": [b], "prune": Prune(pattern="6:8")}], lr=0.1)
+    opt = fuseopt.SGD(
+        [{"params": [a], "prune": Prune(pattern="1:4")}, {"params": [b], "prune": Prune(pattern="6:8")}], lr=0.1
+    )
     run(opt, [a, b], 1)
     report = fuseopt.check_n_m(opt)
     assert report and [row.pattern for row in report.values()] == ["1:4", "6:8"]
@@ -277,7 +281,12 @@ def test_check_n_m_takes_each_groups_own_pattern():
     ("source", "pattern", "error", "message"),
     [
         (lambda: nn.BatchNorm1d(4), None, ValueError, "no nn.Linear or convolution.*nothing to check"),
-        (lambda: fuseopt.SGD([nn.Parameter(torch.ones(4, 4))], prune=Prune(0.5)), None, ValueError, "no group with an n:m"),
+        (
+            lambda: fuseopt.SGD([nn.Parameter(torch.ones(4, 4))], prune=Prune(0.5)),
+            None,
+            ValueError,
+            "no group with an n:m",
+        ),
         (lambda: torch.optim.SGD([nn.Parameter(torch.ones(4, 4))]), None, ValueError, "no group with an n:m"),
         (lambda: nn.Linear(4, 4), "4:2", ValueError, "'4:2'.*n < m"),
         (lambda: torch.ones(4, 4), None, TypeError, "Tensor.*a model or an optimizer"),

@@ -37,7 +37,12 @@ STAGES = {
     "none": {},
     "sparsity": {**SPARSITY, "statistics": True},
     "threshold": {**THRESHOLD, "max_grad_norm": 5.0, "statistics": True},
+    "2:4": {"ema": AVERAGES, "prune": fuseopt.Prune(pattern="2:4", end=5, every=2, regrow=True), "max_grad_norm": 5.0},
+    "rows": {**SPARSITY, "prune": fuseopt.Prune(0.4, pattern="rows", end=5, regrow=True, moments="keep")},
+    "regrow": {**SPARSITY, "prune": fuseopt.Prune(0.6, end=5, every=2, regrow=True), "statistics": True},
 }
+UNMASKED = ("none", "2:4")  # a frozen row leaves nothing to prune of its groups
+
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +89,7 @@ def check_passes(checker, steps):
 def test_passes(rule, stages, backend):
     cls, options = RULES[rule]
     for dtype in DTYPES:
-        opt, params = make(cls, dtype, masked=stages != "none", backend=backend, **options, **STAGES[stages])
+        opt, params = make(cls, dtype, masked=stages not in UNMASKED, backend=backend, **options, **STAGES[stages])
         checker = verify.attach(opt)
         train(opt, params, 5)
         check_passes(checker, 5)

@@ -111,10 +111,9 @@ def prunes_one_too_few(patch):
 def one_group_keeps_the_wrong_entry(patch):
     beyond = patterns._beyond
 
-    def wrong(p, pruned, frozen, n, m):
-        out = beyond(p, pruned, frozen, n, m)
-        row, group = 9, out[9, 8:12]  # two of its entries are pruned, and no two are equal
-        out[row, 8:12] = ~group
+    def wrong(*args):
+        out = beyond(*args)
+        out[9, 12:] = ~out[9, 12:]  # of four free entries, no two of them equal
         return out
 
     patch.setattr(patterns, "_beyond", wrong)
@@ -123,9 +122,9 @@ def one_group_keeps_the_wrong_entry(patch):
 def one_group_keeps_too_many(patch):
     beyond = patterns._beyond
 
-    def wrong(p, *rest):
-        out = beyond(p, *rest)
-        out[9, 8:12] = False
+    def wrong(*args):
+        out = beyond(*args)
+        out[9, 12:] = False
         return out
 
     patch.setattr(patterns, "_beyond", wrong)
@@ -234,7 +233,7 @@ PLANTS = [
     (ties_of_a_group_from_the_front, fuseopt.AdamW, N_M, "prune_mask"),
     (one_row_for_another, fuseopt.AdamW, ROWS, "prune_mask"),
     (half_a_row, fuseopt.AdamW, ROWS, "prune_mask"),
-    (nothing_is_let_go, fuseopt.AdamW, N_M_REGROW, "prune_mask"),
+    (nothing_is_let_go, fuseopt.AdamW, N_M_REGROW, "prune_count"),
     (nothing_is_let_go, fuseopt.AdamW, ROWS_REGROW, "grad_norm"),
     (linear_for_cubic, fuseopt.AdamW, FULL, "prune_count"),
     (threshold_a_step_late, fuseopt.AdamW, THRESHOLD, "prune_mask"),
