@@ -153,7 +153,7 @@ def agree(opt, oracle, dtype) -> None:
                 assert torch.equal(value, oracle.state[q][key]) if isinstance(value, torch.Tensor) else value == oracle.state[q][key]
             else:
                 loose = 4 * rtol if key.startswith("ema_") else atol  # it follows the stored parameter
-                if key in opt._placeholders.get(p, ()):  # no gradient yet: no value
-                    assert key in oracle._placeholders[q]
+                if p in opt._placeholders.get(key, ()):  # no gradient yet: no value
+                    assert q in oracle._placeholders[key]
                     continue
                 assert_close(value, oracle.state[q][key], (rtol, max(atol, loose)), key)

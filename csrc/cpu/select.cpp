@@ -46,7 +46,8 @@ void prune_word(const BlockView& view, const Span& span, int64_t w, uint32_t cho
     std::memset(static_cast<char*>(span.p) + (32 * w + j) * size, 0, size);
     if (view.group.stage.keep_moments == 0)
       for (int k = 0; k < view.group.slots; ++k) std::memset(static_cast<char*>(span.slot[k]) + (32 * w + j) * size, 0, size);
-    for (int e = 0; e < view.group.n_ema; ++e) std::memset(view.ema(e, at + j), 0, ema_size(view.t.storage));
+    for (int e = 0; e < view.group.n_ema; ++e)
+      if (view.t.ema[e]) std::memset(view.ema(e, at + j), 0, view.ema_size(e));
   }
 }
 

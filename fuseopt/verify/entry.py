@@ -25,10 +25,6 @@ class Entry:
     @classmethod
     def of(cls, opt, kind: type, p: Tensor) -> "Entry":
         live = live_streams(opt, kind, p)
-        for key in getattr(opt, "_placeholders", {}).get(p, ()):  # made, but without a value yet
-            live["emas"].pop(key, None)
-            if key == "momentum_buffer":
-                live["moments"].pop(key, None)
         clones = {part: {k: v.clone() for k, v in streams.items()} for part, streams in live.items()}
         pruned = live_pruned(opt, p)
         return cls(flat(p).clone(), pruned=None if pruned is None else pruned.clone(), **clones)
