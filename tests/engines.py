@@ -22,7 +22,7 @@ FULL = {
     "lr": 0.01,
     "weight_decay": 0.1,
     "max_grad_norm": 0.5,
-    "ema": [EMA(0.9, warmup="timm"), EMA(warmup="swa", start=4, every=2)],
+    "ema": [EMA(0.9, warmup="timm"), EMA(warmup="swa", start=1)],
     "prune": Prune(0.7, begin=2, end=6, every=2),
 }
 
