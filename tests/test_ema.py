@@ -45,7 +45,7 @@ SCHEDULES = {
     "late mean": EMA(warmup="swa", start=2, every=3),
 }
 # Many averages at once, one of them in the parameter's dtype and not first, one first.
-MANY = [EMA(0.7, dtype="parameter"), EMA(warmup="swa", start=2, every=2), EMA(0.9, "timm", start=1), EMA(0.9, start=4, dtype="parameter")]
+MANY = [EMA(0.7, dtype="parameter"), EMA(warmup="swa", start=2, every=2), EMA(0.9, "timm", start=1), EMA(0.9, start=6, dtype="parameter")]
 
 
 # The root of (g + 1) / ((g + 2)**2 * (g + 3)) = 0.1**2, found by bisection; the paper prints 6.94.
@@ -132,6 +132,13 @@ def test_edm2_is_the_power_function_average():
         assert float((weight * (middle - mean) ** 2).sum().sqrt()) == pytest.approx(sigma_rel, rel=1e-3)
     assert ema.gamma(0.1) == pytest.approx(6.94, abs=0.005)  # as the paper prints it
     assert ema.gamma(0.05) == pytest.approx(16.97, abs=0.005)
+
+
+def test_the_first_update_of_a_schedule_copies():
+    """Also where the average has a value, as after its `start` was moved."""
+    for name, one in SCHEDULES.items():
+        if one.warmup is not None:
+            assert ema.weight(asdict(one), one.start + one.every) == 1, name
 
 
 BAD = (
@@ -576,6 +583,29 @@ def test_the_same_as_another_class_and_on_from_its_state(format, make, schedule,
     back.theirs.load_state_dict(opt.ema_state_dict(model, 1, format))
     train(model, later, range(5, 9), beside.update)
     assert_same_average(later.ema_state_dict(model, 1, format), beside.theirs.state_dict(), "after 9")
+
+
+def test_diffusers_models_that_begin_late(backend):
+    EMAModel = pytest.importorskip("diffusers.training_utils").EMAModel
+    model = network()
+    theirs = EMAModel(model.parameters(), decay=0.5, update_after_step=2)
+    train(model, fuseopt.AdamW(model.parameters(), lr=0.05), range(5), lambda: theirs.step(model.parameters()))
+    opt = fuseopt.AdamW(model.parameters(), lr=0.05, ema=SCHEDULES["diffusers"], backend=backend)
+    opt.load_ema_state_dict(copy.deepcopy(theirs.state_dict()), model)
+    train(model, opt, range(5, 9), lambda: theirs.step(model.parameters()))
+    for p, average in zip(model.parameters(), theirs.shadow_params, strict=True):
+        assert_close(opt.state[p]["ema_0"], average, (2e-6, 1e-6))
+
+
+def test_what_is_read_is_as_sparse_as_the_model(backend):
+    model = network()
+    opt = fuseopt.AdamW(model.parameters(), ema=EMA(0.9), prune=Prune(0.5), backend=backend)
+    train(model, opt, range(2))
+    opt.load_ema_state_dict(network(3).state_dict(), model)
+    for p in model.parameters():
+        if p.dim() > 1:
+            average, pruned = opt.state[p]["ema_0"], opt.prune_mask(p)
+            assert pruned.any() and (average != 0).any() and not bits(average)[pruned].any()
 
 
 def test_diffusers_cannot_tell_edm2():
