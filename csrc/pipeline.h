@@ -62,13 +62,19 @@ FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename
   p = select(frozen, p, select(prune, raw(0), stored));
   for (int k = 0; k < Rule::slots; ++k)
     slot[k] = select(frozen, slot[k], select(clear, raw(0), S::store(moment[k])));
-  return prune;
+  return prune | (masked & pruned);  // what was pruned before it was frozen stays pruned
 }
 
-// Stage 11: an exponential moving average of the stored parameter; exactly as sparse as the model.
-template <class T>
-FUSEOPT_INLINE T ema_element(T ema, T p, T weight, bool pruned) {
-  return select(pruned, T(0), fma(weight, p - ema, ema));
+// Stage 11: a moving average of the stored parameter, in storage type E; exactly as sparse as the model.
+// With weight 0, and where frozen, it keeps its very bits.
+template <class E>
+FUSEOPT_INLINE typename E::raw ema_element(typename E::raw ema, typename E::compute p, typename E::compute weight,
+                                           bool pruned, bool frozen) {
+  using raw = typename E::raw;
+  using T = typename E::compute;
+  const T old = E::load(ema);
+  const raw moved = weight == T(0) ? ema : E::store(fma(weight, p - old, old));
+  return select(pruned, raw(0), select(frozen, ema, moved));
 }
 
 }  // namespace fuseopt

@@ -1,6 +1,7 @@
 #include "tensor_table.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "tensor_view.h"
@@ -9,7 +10,10 @@ namespace fuseopt {
 namespace {
 
 // Positions in the tuple that describes a group; see fuseopt/backends.py.
-enum Spec { kParams, kRule, kSlots, kCounters, kEmas, kHyper, kStage, kMaxNorm, kEmaWeights };
+enum Spec { kParams, kRule, kSlots, kCounters, kEmas, kHyper, kStage, kMaxNorm };
+
+// And in the tuple of each of its averages.
+enum Average { kKey, kWeight, kNarrow, kPassed };
 
 PyObject* item(PyObject* tuple, int k) { return PyTuple_GET_ITEM(tuple, k); }
 int size(PyObject* tuple) { return int(PyTuple_GET_SIZE(tuple)); }
@@ -25,13 +29,17 @@ Group read_group(PyObject* spec, double inv_grad_scale) {
   group.rule = int(PyLong_AsLong(item(spec, kRule)));
   group.slots = size(item(spec, kSlots));
   group.counters = size(item(spec, kCounters));
-  group.n_ema = size(item(spec, kEmas));
-  if (group.slots > kMaxSlots || group.counters > kMaxCounters || group.n_ema > kMaxEma)
+  if (group.slots > kMaxSlots || group.counters > kMaxCounters || size(item(spec, kEmas)) > kMaxEma)
     throw std::length_error("fuseopt: more slots, counters or EMAs than the kernels take");
   group.max_grad_norm = PyFloat_AsDouble(item(spec, kMaxNorm));
   read_doubles(item(spec, kHyper), group.hyper, kMaxHyper);
   read_doubles(item(spec, kStage), &group.stage.inv_grad_scale, kStageScalars);
-  read_doubles(item(spec, kEmaWeights), group.ema_weight, kMaxEma);
+  for (int k = 0; k < size(item(spec, kEmas)); ++k) {
+    PyObject* average = item(item(spec, kEmas), k);
+    if (item(average, kPassed) != Py_True) continue;
+    group.ema_weight[group.n_ema] = PyFloat_AsDouble(item(average, kWeight));
+    group.ema_narrow[group.n_ema++] = item(average, kNarrow) == Py_True;
+  }
   group.stage.inv_grad_scale = inv_grad_scale;
   return group;
 }
@@ -117,6 +125,17 @@ bool in_order_of_bits(PyObject* state, const TensorView& p) {
   return p.contiguous(order);
 }
 
+// Whether an average holds no value yet: see the note in stages/ema.py. By its first entry, as is_empty there.
+bool is_empty(const void* ema, int storage, int64_t n) {
+  if (n == 0) return true;
+  switch (storage) {
+    case 0: return std::isnan(*static_cast<const float*>(ema));
+    case 1: return std::isnan(*static_cast<const double*>(ema));
+    case 2: return std::isnan(BF16::load(*static_cast<const uint16_t*>(ema)));
+    default: return std::isnan(F16::load(*static_cast<const uint16_t*>(ema)));
+  }
+}
+
 bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, bool fresh, Trail& trail) {
   static PyObject* prune_mask = key("prune_mask");
   PyObject *slots = item(spec, kSlots), *counters = item(spec, kCounters), *emas = item(spec, kEmas);
@@ -126,14 +145,27 @@ bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, 
     if (!read_counter(cursor.find(item(counters, k)), &t->counter[k], trail)) return false;
   for (int k = 0; k < size(slots); ++k)
     if (!(t->slot[k] = read_stream(cursor.find(item(slots, k)), p, p.storage, trail))) return false;
-  for (int k = 0; k < size(emas); ++k)
-    if (!(t->ema[k] = read_stream(cursor.find(item(emas, k)), p, p.storage == 1 ? 1 : 0, trail))) return false;
+  for (int k = 0, passed = 0; k < size(emas); ++k) {
+    PyObject *average = item(emas, k), *found = cursor.find(item(average, kKey));
+    if (!found) return false;
+    if (item(average, kPassed) != Py_True) continue;
+    const int storage = p.storage == 1 ? 1 : item(average, kNarrow) == Py_True ? p.storage : 0;
+    if (!(t->ema[passed++] = read_stream(found, p, storage, trail))) return false;
+  }
   if (size(counters) == 0) t->counter[0].value = fresh;  // for rules without a step count
   if (PyDict_Size(state) == size(slots) + size(emas) + size(counters) || t->n == 0) return true;  // no masks
   if (!read_mask(state, t)) return false;
   PyObject* bits = PyDict_GetItemWithError(state, prune_mask);
   if (bits && !(t->pruned = read_bits(bits, t->n))) return false;
   return (!t->keep.words && !t->pruned) || in_order_of_bits(state, p);
+}
+
+// Of averages that only become sparser in this step: those of a tensor in which nothing is pruned, or without a value.
+void drop_idle_averages(const Group& group, Tensor* t) {
+  for (int k = 0; k < group.n_ema; ++k) {
+    const int storage = t->storage == 1 || group.ema_narrow[k] ? t->storage : 0;
+    if (group.ema_weight[k] == 0 && (!t->pruned || is_empty(t->ema[k], storage, t->n))) t->ema[k] = nullptr;
+  }
 }
 
 }  // namespace
@@ -145,6 +177,7 @@ bool TensorTable::add(PyObject* param, const TensorView& g, PyObject* state, PyO
   Tensor& t = tensors.emplace_back();
   t.group = group, t.storage = p.storage, t.n = p.count(), t.p = p.data, t.g = g.data;
   if (!add_state(&t, p, state, spec, fresh, trail_)) return tensors.pop_back(), false;
+  drop_idle_averages(groups[group], &t);
   return true;
 }
 

@@ -30,7 +30,8 @@ struct Group {  // what all parameters of a param_group share
   double hyper[kMaxHyper];
   StageScalars<double> stage;
   double max_grad_norm;  // 0: no clipping
-  double ema_weight[kMaxEma];
+  double ema_weight[kMaxEma];  // of the averages that the pass works on
+  bool ema_narrow[kMaxEma];    // kept in the parameter's type, not in that of the arithmetic
 };
 
 struct Tensor {
@@ -41,7 +42,7 @@ struct Tensor {
   void* p;
   const void* g;
   void* slot[kMaxSlots];
-  void* ema[kMaxEma];
+  void* ema[kMaxEma];  // nullptr: nothing to do
   Counter counter[kMaxCounters];
   double scalars[kMaxScalars];   // Rule::Scalars<double>
   BitMask keep;                  // words == nullptr: no mask

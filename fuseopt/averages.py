@@ -1,42 +1,99 @@
-"""Which parameters have an average, and where it belongs in a model."""
+"""The methods of FusedOptimizer for its averages."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from .checks import name_of
-from .distributed import drop_gathered, local
+from . import buffers, ema_formats
+from .distributed import drop_gathered, local, part, placed_alike
+from .ema_state import match, of
 from .interrupts import held
 
 
-def made(opt, p: Tensor, k: int) -> bool:
-    """Whether parameter p has average k, and a value in it."""
-    return f"ema_{k}" in opt.state.get(p, {}) and f"ema_{k}" not in opt._placeholders.get(p, ())
+class AverageMethods:
+    """What FusedOptimizer offers for the averages of `ema=`."""
 
+    def swap_ema(self, k: int = 0) -> AbstractContextManager[None]:
+        """Within the block the parameters hold average `k`; afterwards their own bits again, also if it raises.
 
-def find_placeholders(opt) -> None:
-    """Note which averages hold no value yet: those that are NaN throughout."""
-    opt._placeholders.clear()
-    for p, state in opt.state.items():
-        for key, value in state.items() if isinstance(state, dict) else ():
-            if key.startswith("ema_") and isinstance(value, Tensor) and _all_nan(local(value)):
-                opt._placeholders.setdefault(p, set()).add(key)
+        An average that has had no update yet is the weights themselves. Buffers are the model's own unless
+        `average_buffers` was called. Raises ValueError where no average `k` is configured, RuntimeError when
+        nested.
+        """
+        self._validate_options()
+        return swapped(self, k)
 
+    @torch.no_grad()
+    def copy_ema_to(self, model: torch.nn.Module, k: int = 0) -> None:
+        """Write average `k` into the parameters of `model`: the trained model, or another of its kind.
 
-def _all_nan(x: Tensor) -> bool:
-    return x.numel() > 0 and bool(x.flatten()[0].isnan()) and bool(x.isnan().all())
+        An average that has had no update yet is the weights themselves. Buffers are left alone unless
+        `average_buffers` was called. Another model is matched by name, so the optimizer must have been given
+        named parameters. Raises ValueError, with nothing changed, where that is not so, a name or shape does
+        not match, or no average `k` is configured.
+        """
+        self._validate_options()
+        pairs = match(self, model, k) + buffers.match(self, model, k)
+        for target, average in pairs:
+            if not placed_alike(target, average):
+                target, average = local(target), part(target, average)
+            target.copy_(average)
 
+    def ema_state_dict(self, model: torch.nn.Module, k: int = 0, format: str = "model") -> dict[str, Any]:
+        """Average `k` as a state_dict, a snapshot that no later step changes.
 
-def of(opt, k: int) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, average) of every parameter that has average k. Raises ValueError if none has."""
-    params = [p for group in opt.param_groups for p in group["params"] if made(opt, p, k)]
-    if not params:
-        kept = max(len(group["ema"]) for group in opt.param_groups)
-        why = "take a step first" if isinstance(k, int) and 0 <= k < kept else "pass ema=fuseopt.EMA(decay)"
-        raise ValueError(f"there is no average {k}: {why}")
-    return [(p, opt.state[p][f"ema_{k}"]) for p in params]
+        Args:
+            model: the trained model, or another of its kind, which is matched by name. What the optimizer has
+                no average of (other parameters, and buffers unless `average_buffers` was called) is the
+                model's own.
+            k: which average, where several are kept.
+            format: "model": as model.state_dict(), in the parameters' dtypes; timm saves this as
+                `state_dict_ema`. The others hold the averages in the type that they are kept in:
+                "averaged_model": as torch.optim.swa_utils.AveragedModel.state_dict();
+                "timm": as timm.utils.ModelEmaV3.state_dict();
+                "diffusers": as diffusers' EMAModel.state_dict(); it can tell every schedule but "edm2".
+
+        Raises ValueError for an average that is not configured, an unknown format, a model that does not
+        match, and, save for "model", parameters that processes share.
+        """
+        self._validate_options()
+        return ema_formats.write(self, model, k, format)
+
+    def load_ema_state_dict(
+        self, state_dict: dict[str, Any], model: torch.nn.Module, k: int = 0, updates: int | None = None
+    ) -> None:
+        """Continue average `k` from a state_dict in one of the formats of `ema_state_dict`, told by its keys.
+
+        Args:
+            state_dict: what AveragedModel, ModelEmaV3, EMAModel, or a model of averaged weights saved.
+            model: the trained model, or another of its kind, which is matched by name.
+            k: which average, where several are kept. Its schedule is that of its option here.
+            updates: how many updates the average has had, where the state_dict does not tell (a model's and
+                timm's do not). By default as many as this optimizer has made.
+
+        The count goes into the option of the parameter groups: `start` becomes the step now less `updates`
+        times `every`, which may be negative. Buffers are read where `average_buffers` was called. Raises
+        ValueError or TypeError, with nothing changed, if a name, a shape or the number of parameters does
+        not match, or if the schedule needs a count and none is known.
+        """
+        self._validate_options()
+        ema_formats.read(self, state_dict, model, k, updates)
+
+    def average_buffers(self, model: torch.nn.Module) -> None:
+        """From the next step on, average the floating buffers of `model` too, such as those of BatchNorm.
+
+        They follow the weights and steps of each average (of the first group that keeps it), in fp32, fp64
+        for fp64. swap_ema, copy_ema_to and ema_state_dict then carry them; buffers of other types stay the
+        model's own. The values are saved with the optimizer. The model is not, and it is not kept alive:
+        call this again after unpickling or copying the optimizer, before or after loading a checkpoint.
+
+        Raises ValueError, with nothing changed, if the buffers are not those that were averaged before, or
+        no average is configured.
+        """
+        self._validate_options()
+        buffers.track(self, model)
 
 
 @contextmanager
@@ -44,7 +101,7 @@ def swapped(opt, k: int) -> Iterator[None]:
     """What FusedOptimizer.swap_ema returns."""
     if opt._swapped:
         raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")
-    saved = [(p, p.detach().clone(), average) for p, average in of(opt, k)]
+    saved = [(p, p.detach().clone(), average) for p, average in of(opt, k) + buffers.of(opt, k)]
 
     # Detached, not under torch.no_grad(): an interrupt as that begins or ends would leave gradients off for good.
     def put_back() -> None:
@@ -66,30 +123,3 @@ def swapped(opt, k: int) -> Iterator[None]:
         except BaseException:  # an interrupt came before they were held, or waited until the end
             put_back()
             raise
-
-
-def match(opt, model: torch.nn.Module, k: int) -> list[tuple[Tensor, Tensor]]:
-    """(parameter of model, what copy_ema_to writes to it) for each of the optimizer's parameters.
-
-    That is average k, or the parameter itself where it was never stepped and so has none. Raises
-    ValueError where the two do not match.
-    """
-    averaged = dict(of(opt, k))
-    sources = {p: averaged.get(p, p) for group in opt.param_groups for p in group["params"]}
-    drop_gathered()  # or the model would show us the gathered copies, which are lost when written
-    own = {id(p) for p in model.parameters()}
-    if all(id(p) in own for p in sources):
-        return list(averaged.items())
-    names = {p: n for g in opt.param_groups for p, n in zip(g["params"], g.get("param_names") or (), strict=False)}
-    targets = dict(model.named_parameters())
-    matched = []
-    for p, source in sources.items():
-        if p not in names or names[p] not in targets:
-            raise ValueError(
-                f"the model has no parameter {name_of(opt, p)}; build the optimizer from model.named_parameters()"
-            )
-        target = targets[names[p]]
-        if target.shape != source.shape:
-            raise ValueError(f"{names[p]!r} has shape {tuple(target.shape)}, its average {tuple(source.shape)}")
-        matched.append((target, source))
-    return matched

@@ -2,17 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import distributed, patterns, plan, reference, schema, select, torch_abi, torch_layout
+from . import buffers, distributed, patterns, plan, reference, schema, select, torch_abi, torch_layout
 from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
-from .stages import mask, statistics
+from .stages import ema, mask, statistics
 
 NAMES = (None, "cpu", "torch")
 _warned = False
@@ -85,18 +85,17 @@ def _device(opt) -> str:
 
 def run(opt, step: plan.Step) -> None:
     """Run a step, whole or not at all, on the backend that `choose` picks, and count it in the groups."""
-    name = choose(opt)
-    if name == "cpu" and _cpu_steady_step(opt, step):
+    name, of_buffers = choose(opt), buffers.updates(opt, step)
+    if name == "cpu" and _cpu_steady_step(opt, step, of_buffers):
         return
     update, ranker = TABLE[name]
     with held(), torch.device("cpu"):  # where counters and counts lie, whatever torch's default device
         prepared = update(opt, step)
         _copy_into_new_averages(opt, prepared)
+        at_once(*of_buffers)
         for selection in select.selections(opt, step):
             patterns.prune(opt, selection, lambda members: ranker(opt, members))
             _increment_version([p for _, p in selection.members])
-        for p in prepared:
-            opt._placeholders.pop(p, None)
         for group in opt.param_groups:
             group["steps"] = step.t
 
@@ -116,8 +115,10 @@ def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]])
 def _copy_into_new_averages(opt, prepared: dict[Tensor, plan.Prepared]) -> None:
     """The first update of an average copies the parameter."""
     for p, made in prepared.items():
-        for key in made.new_emas:
-            opt.state[p][key].copy_(p)
+        for key in made.filled:
+            if key in ema.NAMES:
+                opt.state[p][key].copy_(p)
+            opt._placeholders[key].discard(p)
 
 
 def _stepped(step: plan.Step) -> list[tuple[plan.GroupStep, Tensor]]:
@@ -149,7 +150,6 @@ def _spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tupl
         gs.hyper,
         tuple(gs.stage[name] for name in schema.STAGE_SCALARS),
         gs.group["max_grad_norm"] or 0.0,
-        gs.ema_weights,
     )
 
 
@@ -162,7 +162,7 @@ def _gather(opt, step: plan.Step, replaced: dict) -> tuple:
     table = opt.__dict__.pop("_table", None)
     if table is None:
         table = _native.TensorTable()
-    specs = [_spec(gs, gs.group["params"], gs.slots, gs.counters, gs.emas) for gs in step.groups]
+    specs = [_spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages()) for gs in step.groups]
     return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale)
 
 
@@ -172,12 +172,18 @@ def _put_back(opt, table) -> None:
     opt._table = table
 
 
-def _cpu_steady_step(opt, step: plan.Step) -> bool:
+def _fills_placeholders(opt, step: plan.Step) -> bool:
+    """Whether the step gives some entry of the state its first value."""
+    keys = {key for gs in step.groups for key in gs.slots + gs.due if opt._placeholders.get(key)}
+    return bool(keys) and any(plan.fills_placeholder(opt, gs, p) for gs, p in _stepped(step))
+
+
+def _cpu_steady_step(opt, step: plan.Step, of_buffers: list[Iterable]) -> bool:
     """Run the step if the compiled pass is all of it, in one call so that no interrupt falls between its writes;
     False, and nothing done, if something is to be made, copied, selected or summed up around it."""
     if opt.defaults["statistics"] or any(gs.sparsity is not None for gs in step.groups):
         return False
-    if any(p.grad is not None for p in opt._placeholders) or plan.without_prune_mask(opt, step):
+    if _fills_placeholders(opt, step) or plan.without_prune_mask(opt, step):
         return False
     table, problems = _gather(opt, step, {})
     if problems:
@@ -185,7 +191,7 @@ def _cpu_steady_step(opt, step: plan.Step) -> bool:
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     run = map(table.run, (_norm(opt, table),), (False,))
-    at_once(run, map(table.mark_written, (_increment_version,)), count)
+    at_once(run, map(table.mark_written, (_increment_version,)), *of_buffers, count)
     _put_back(opt, table)
     return True
 
@@ -194,9 +200,9 @@ def _cpu_steady_step(opt, step: plan.Step) -> bool:
 def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     table, problems = _gather(opt, step, {})
     wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
-    if opt._placeholders:
+    if _fills_placeholders(opt, step):
         unread = {id(p) for _, p in wanting}
-        wanting = [(gs, p) for gs, p in _stepped(step) if p in opt._placeholders or id(p) in unread]
+        wanting = [(gs, p) for gs, p in _stepped(step) if id(p) in unread or plan.fills_placeholder(opt, gs, p)]
     prepared = _prepare(opt, step, wanting)
     # Parameters with gaps are stepped in a copy without.
     filled = {p: in_layout_of(distributed.local(p), distributed.local(p)) for p in prepared}
@@ -231,7 +237,7 @@ def _run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], no
         here = distributed.local(p)
         made, copy = prepared.get(p), in_layout_of(here, here)
         replaced = {} if made is None else {p: (made.grad, made.fresh, copy)}
-        spec = _spec(gs, [p], gs.slots, gs.counters, gs.emas)
+        spec = _spec(gs, [p], gs.slots, gs.counters, gs.averages())
         if table.gather([spec], opt.state, replaced, step.inv_grad_scale):
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
         rows += table.run(norm, opt.defaults["statistics"])
@@ -269,7 +275,8 @@ class _CpuRanker:
         for gs, p in members:  # a parameter may have no gradient, or no state yet
             mask.into_memory_order(opt.state[p], p)
             has = opt.state[p].__contains__
-            specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), tuple(filter(has, gs.emas))))
+            emas = tuple((key, 0.0, key in gs.narrow, True) for key in gs.emas if has(key))
+            specs.append(_spec(gs, [p], tuple(filter(has, gs.slots)), (), emas))
             grads[p] = (p, False, None)
         self.opt, self.members, self.table = opt, members, _native.TensorTable()
         if self.table.gather(specs, opt.state, grads, 1.0):

@@ -221,16 +221,17 @@ def _own_masks(opt) -> dict[Tensor, dict]:
 
 def _restore(opt, state_dict: dict[str, Any], own_masks: dict[Tensor, dict]) -> None:
     """Undo torch's cast of stage state to the parameter's type; bring masks into the form that steps read."""
-    ids = [k for group in state_dict["param_groups"] for k in group["params"]]
-    for k, p in zip(ids, _numbered(opt), strict=True):
-        saved = state_dict["state"].get(k, {})
+    ids = [(k, group["ema"]) for group in state_dict["param_groups"] for k in group["params"]]
+    for (k, averages), p in zip(ids, _numbered(opt), strict=True):
+        saved, kept_as = state_dict["state"].get(k, {}), dict(zip(ema.NAMES, averages, strict=False))
         if "mask_keep" in saved or "prune_mask" in saved or p in own_masks:
             mask.restore(opt.state[p], p, saved, own_masks.get(p, {}))
         for key, value in saved.items():
             if not isinstance(value, Tensor):
                 continue
             if key.startswith("ema_"):
-                opt.state[p][key] = value.to(p.device, compute_dtype(p.dtype))
+                dtype = ema.dtype_of(kept_as[key], p) if key in kept_as else compute_dtype(p.dtype)
+                opt.state[p][key] = value.to(p.device, dtype)
             elif key == "mu_product":
                 opt.state[p][key] = value.cpu() if value.dtype == torch.float64 else value.to("cpu", torch.float32)
 
@@ -241,8 +242,11 @@ def _warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
     saved = {key for state in states for key in state}
     steps = max(group["steps"] for group in opt.param_groups)
     averages = {key for group in opt.param_groups for key in ema.names(group)} - saved
-    for p, keys in opt._placeholders.items():
-        averages |= keys if float(opt.state[p].get("step", 0)) else set()  # it was stepped: there should be a value
+    for group in opt.param_groups:
+        for key, options in zip(ema.names(group), group["ema"], strict=True):
+            begun = ema.updates(options, steps) > 0  # there should be a value in the average of what was stepped
+            empty = opt._placeholders.get(key, set()).intersection(group["params"]) if begun else ()
+            averages |= {key} if any(float(opt.state[p].get("step", 0)) for p in empty) else set()
     missing = [f"{', '.join(sorted(averages))} start anew, as copies of the weights"] if averages else []
     if any(group["prune"] for group in opt.param_groups) and "prune_mask" not in saved:
         missing.append("no weight is pruned yet")

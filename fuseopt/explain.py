@@ -54,12 +54,19 @@ def _rows(opt, k: int, group: dict) -> list[dict]:
         row["param"] += 2 * n * size
         row["grad"] += n * size
         row["moments"] += 2 * n * size * len(opt.slots(group))
-        row["ema"] += 2 * n * max(size, 4) * len(ema.names(group))
+        row["ema"] += sum(_average_bytes(options, group, p) for options in group["ema"])
         row["masks"] += _mask_bytes(opt.state.get(p, {}), group, p)
         row["norm"] += n * size if norm else 0
     for row in rows.values():
         row["bytes"] = sum(row[s] for s in STREAMS)
     return list(rows.values())
+
+
+def _average_bytes(options: dict, group: dict, p) -> int:
+    """Bytes read and written for an average, a step on the mean over `every`; a threshold works on it in each."""
+    each = 2 * local(p).numel() * ema.dtype_of(options, p).itemsize
+    prunes = (group["prune"] or {}).get("threshold") is not None and prune.prunable(p)
+    return each if prunes else round(each / options["every"])
 
 
 def _mask_bytes(state: dict, group: dict, p) -> int:

@@ -7,20 +7,19 @@ in double) -> backends (compiled pass or torch reference) -> pruning, if this st
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import averages, backends, checkpoint, checks, distributed, explain, plan, pruning
+from . import averages, backends, checkpoint, checks, distributed, ema_state, explain, plan, pruning
 from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
 from .stages import mask
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
 
-class FusedOptimizer(pruning.PruneMethods, torch.optim.Optimizer):
+class FusedOptimizer(pruning.PruneMethods, averages.AverageMethods, torch.optim.Optimizer):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
     Stage options, by keyword on every class; the first four may differ between parameter groups, and
@@ -133,6 +132,7 @@ class FusedOptimizer(pruning.PruneMethods, torch.optim.Optimizer):
         drop_whole(param_group)
         self._statistics = None
         self.__dict__.setdefault("_swapped", [])
+        self.__dict__.setdefault("_tracked", [])
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -140,6 +140,7 @@ class FusedOptimizer(pruning.PruneMethods, torch.optim.Optimizer):
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_placeholders", {})
         self.__dict__.setdefault("_swapped", [])  # the average that swap_ema has in
+        self.__dict__.setdefault("_tracked", [])  # the buffers that are averaged
         for group in self.param_groups:
             for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
                 if name in self.defaults:
@@ -148,7 +149,7 @@ class FusedOptimizer(pruning.PruneMethods, torch.optim.Optimizer):
         steps = max(self._steps(), checkpoint.steps_of(self))  # torch keeps our count and does not advance it
         for group in self.param_groups:
             group["steps"] = steps
-        averages.find_placeholders(self)
+        ema_state.find_placeholders(self)
 
     def _steps(self) -> int:
         return max((group.get("steps", 0) for group in self.param_groups), default=0)
@@ -230,29 +231,6 @@ class FusedOptimizer(pruning.PruneMethods, torch.optim.Optimizer):
         plan.make_state(self)  # torch.distributed.checkpoint takes any state for a whole one
         mask.replace(self.state[p], p, None if bool(keep.all()) else keep, mode == "freeze")
 
-    def swap_ema(self, k: int = 0) -> AbstractContextManager[None]:
-        """Within the block the parameters hold average `k`; afterwards their own bits again.
-
-        Parameters without that average (never stepped) and the model's buffers are left alone. Raises
-        ValueError if there is no such average at all, RuntimeError when nested.
-        """
-        self._validate_options()
-        return averages.swapped(self, k)
-
-    @torch.no_grad()
-    def copy_ema_to(self, model: torch.nn.Module, k: int = 0) -> None:
-        """Write average `k` into the parameters of `model`: the trained model, or another of its kind.
-
-        Parameters of the optimizer that were never stepped have no average and are copied as they are.
-        Buffers, such as the statistics of batch normalisation, are not averaged; copy them yourself.
-        Another model is matched by name, so the optimizer must have been given named parameters. Raises
-        ValueError, with nothing changed, where that is not so or a name or shape does not match.
-        """
-        self._validate_options()
-        for target, average in averages.match(self, model, k):
-            if not distributed.placed_alike(target, average):
-                target, average = distributed.local(target), distributed.part(target, average)
-            target.copy_(average)
 
     def statistics(self) -> Mapping[str, float]:
         """The sums of the last step: grad_norm, param_norm, update_norm, zeros, nonfinite.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import schema
 from .checks import check, check_devices, in_layout_of
 from .distributed import local, placed_alike
 from .stages import decay, ema, mask, prune
@@ -19,12 +18,27 @@ class GroupStep:
     kernel: str
     slots: tuple[str, ...]
     counters: tuple[str, ...]
-    emas: tuple[str, ...]
+    emas: tuple[str, ...]  # all averages: what the state holds
+    narrow: tuple[str, ...]  # those kept in the parameter's dtype
+    due: tuple[str, ...]  # those that this step updates
     hyper: tuple[float, ...]
     stage: dict[str, float]  # schema.STAGE_SCALARS; clip is set once the norm is known
-    ema_weights: tuple[float, ...]
+    ema_weights: tuple[float, ...]  # of `emas`; 0 where not due
     sparsity: float | None  # prune to it after the update; None at steps that do not select
     prunes: bool  # a mask of pruned entries is needed from this step on
+
+    def averages(self) -> tuple[tuple[str, float, bool, bool], ...]:
+        """(key, weight, whether in the parameter's dtype, whether the pass works on it) of every average.
+
+        It works on those that are due, and on all where a threshold may prune.
+        """
+        every = self.stage["prune_below"] > 0
+        weights = zip(self.emas, self.ema_weights, strict=True)
+        return tuple([(key, w, key in self.narrow, every or key in self.due) for key, w in weights])
+
+    def not_narrow(self) -> tuple[str, ...]:
+        """The averages kept in the type of the arithmetic."""
+        return tuple(key for key in self.emas if key not in self.narrow)
 
 
 class Step:
@@ -55,7 +69,9 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float) -> GroupStep:
         opt.kernel(group),
         opt.slots(group),
         opt.counters(group),
-        ema.names(group),
+        names := ema.names(group),
+        tuple([key for key, one in zip(names, group["ema"], strict=True) if one["dtype"] == "parameter"]),
+        tuple([key for key, one in zip(names, group["ema"], strict=True) if ema.is_due(one, t)]),
         hyper,
         stage,
         tuple([ema.weight(one, t) for one in group["ema"]]),
@@ -68,7 +84,7 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float) -> GroupStep:
 def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     """Make what p's state lacks and mend its layout; True if the moments are new.
 
-    Averages start at NaN, for "no value yet"; the first update copies the parameter into them.
+    Averages start at NaN and are noted in opt._placeholders; see "no value yet" in stages/ema.py.
     """
     state = opt.state[p]
     for key in opt.counters(group):
@@ -82,9 +98,10 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
             state[key] = torch.full_like(p, opt.initial(opt.defaults), memory_format=torch.preserve_format)
             fresh = True
     names = ema.names(group) if averages else ()
-    for key in names:
+    for key, options in zip(names, group["ema"]) if averages else ():
         if key not in state:
-            state[key] = torch.full_like(p, torch.nan, dtype=schema.compute_dtype(p.dtype))
+            state[key] = torch.full_like(p, torch.nan, dtype=ema.dtype_of(options, p))
+            opt._placeholders.setdefault(key, set()).add(p)
     for key in (*opt.slots(group), *names):
         state[key] = in_layout_of(p, state[key])
     mask.into_memory_order(state, p)
@@ -101,13 +118,24 @@ def make_state(opt, prune_masks: bool = False) -> None:
     wanting = [(gs, p) for gs in step.groups for p in gs.group["params"] if p.requires_grad or p.grad is not None]
     check_devices(opt)
     for gs, p in wanting:
-        check(opt, gs.slots, gs.counters, gs.emas, p, None)
+        check(opt, gs.slots + gs.narrow, gs.counters, gs.not_narrow(), p, None)
     for gs, p in wanting:
-        made = {key for key in gs.slots + gs.emas if opt.state[p].get(key) is None}
+        for key in gs.slots:
+            if opt.state[p].get(key) is None:
+                opt._placeholders.setdefault(key, set()).add(p)
         complete_state(opt, gs.group, p)
-        opt._placeholders[p] = opt._placeholders.get(p, set()) | made
     if prune_masks:
         add_prune_masks(opt, without_prune_mask(opt, step, soon=True))
+
+
+def is_placeholder(opt, p: Tensor, key: str) -> bool:
+    """Whether this entry of p's state was made and holds no value yet."""
+    return p in opt._placeholders.get(key, ())
+
+
+def fills_placeholder(opt, gs: GroupStep, p: Tensor) -> bool:
+    """Whether the step gives an entry of p's state its first value."""
+    return any(is_placeholder(opt, p, key) for key in gs.slots + gs.due)
 
 
 @dataclass
@@ -116,14 +144,14 @@ class Prepared:
 
     grad: Tensor  # the gradient, in the parameter's memory layout; here and below, as far as it lies here
     fresh: bool  # its moments are new
-    new_emas: list[str]
+    filled: list[str]  # entries of its state that the step gives their first value
 
 
 def check_all(opt, wanting: list[tuple[GroupStep, Tensor]]) -> None:
     """Raise ValueError or TypeError, with nothing changed, if one of these parameters cannot be stepped."""
     check_devices(opt)
     for gs, p in wanting:
-        check(opt, gs.slots, gs.counters, gs.emas, p, getattr(p, "grad", None))
+        check(opt, gs.slots + gs.narrow, gs.counters, gs.not_narrow(), p, getattr(p, "grad", None))
 
 
 def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Tensor, Prepared]:
@@ -132,11 +160,10 @@ def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Te
     for gs, p in wanting:
         if p in prepared:  # it is listed twice
             continue
-        empty = opt._placeholders.get(p, ())
-        new_emas = [key for key in gs.emas if key not in opt.state[p] or key in empty]
-        fresh = complete_state(opt, gs.group, p) or any(key in empty for key in gs.slots)
+        fresh = complete_state(opt, gs.group, p) or any(is_placeholder(opt, p, key) for key in gs.slots)
+        filled = [key for key in gs.slots + gs.due if is_placeholder(opt, p, key)]
         grad = p.grad if placed_alike(p, p.grad) else p.grad.redistribute(placements=p.placements)
-        prepared[p] = Prepared(in_layout_of(local(p), local(grad)), fresh, new_emas)
+        prepared[p] = Prepared(in_layout_of(local(p), local(grad)), fresh, filled)
     return prepared
 
 

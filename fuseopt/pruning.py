@@ -43,7 +43,8 @@ class PruneMethods:
         drop_gathered()
         with held(), torch.no_grad():
             for p, gone in pruned.items():
-                _end(self.state[p], p, local(gone), self._placeholders.get(p, ()))
+                empty = {key for key, of in self._placeholders.items() if p in of}
+                _end(self.state[p], p, local(gone), empty)
             for options in (self.defaults, *self.param_groups):
                 options["prune"] = None
             for (module, name), p in places:

@@ -57,8 +57,9 @@ def step_parameter(opt, gs: plan.GroupStep, p: Tensor, g: Tensor, clip_factor: f
         state[key].copy_(new[key])
     for key in gs.counters:
         state[key].fill_(counter[key])
-    for key, weight in zip(gs.emas, gs.ema_weights, strict=True):
-        state[key].copy_(ema.update(state[key], p.to(kind), weight, pruned))
+    for key, weight, _, passed in gs.averages():
+        if passed and (weight != 0 or not ema.is_empty(state[key])):
+            state[key].copy_(ema.update(state[key], p.to(kind), weight, pruned, frozen))
 
 
 def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .checks import name_of
 from .distributed import Parts, indices, is_dtensor, local, local_state
 from .plan import GroupStep, Step, frozen, prunable
-from .stages import mask
+from .stages import ema, mask
 from .stages import prune as prune_options
 
 Members = list[tuple[GroupStep, Tensor]]
@@ -248,5 +248,5 @@ def zero(state: dict, gs: GroupStep, p: Tensor, new: Tensor) -> None:
     mask.set_pruned(state, p, mask.pruned(state, p) | new)
     p.masked_fill_(new, 0.0)
     for key in gs.emas if gs.stage["keep_moments"] else gs.slots + gs.emas:
-        if key in state:
+        if key in state and not (key in gs.emas and ema.is_empty(state[key])):
             state[key].masked_fill_(new, 0.0)

@@ -22,7 +22,7 @@ FULL = {
     "lr": 0.01,
     "weight_decay": 0.1,
     "max_grad_norm": 0.5,
-    "ema": EMA(0.9, warmup="timm"),
+    "ema": [EMA(0.9, warmup="timm"), EMA(warmup="swa", start=1)],
     "prune": Prune(0.7, begin=2, end=6, every=2),
 }
 
@@ -206,7 +206,7 @@ def final(model: nn.Module, opt) -> dict:
     found = weights(model)
     for name, p in model.named_parameters():
         found[name + " pruned"] = whole(opt.prune_mask(p))
-        for key in ("exp_avg", "exp_avg_sq", "ema_0", "step"):
+        for key in ("exp_avg", "exp_avg_sq", "ema_0", "ema_1", "step"):
             found[f"{name} {key}"] = whole(opt.state[p][key])
     found["steps"] = opt.param_groups[0]["steps"]
     return found

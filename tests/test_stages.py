@@ -1,6 +1,7 @@
 """The stages around the rule, alone and together: against the recipe, the oracle, and direct computation."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -712,7 +713,7 @@ def test_timm_warmup_is_timms():
     from fuseopt.stages import ema
 
     for t in (1, 2, 3, 10, 1000, 10**6):
-        assert 1 - ema.weight({"decay": 0.999, "warmup": "timm"}, t) == pytest.approx(timm(t), abs=1e-15)
+        assert 1 - ema.weight(asdict(EMA(0.999, warmup="timm")), t) == pytest.approx(timm(t), abs=1e-15)
 
 
 def test_an_average_of_bf16_moves(backend):

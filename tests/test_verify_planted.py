@@ -56,9 +56,28 @@ def ema_one_step_ahead(patch):
     patch.setattr(ema, "weight", lambda options, t: weight(options, t + 1))
 
 
+def ema_update_counted_from_zero(patch):
+    updates = ema.updates
+    patch.setattr(ema, "updates", lambda options, t: max(1, updates(options, t) - 1))
+
+
+def ema_updated_when_not_due(patch):
+    patch.setattr(ema, "is_due", lambda options, t: t > options["start"])
+
+
+def ema_a_step_late(patch):
+    is_due = ema.is_due
+    patch.setattr(ema, "is_due", lambda options, t: is_due(options, t - 1))
+
+
+def ema_of_frozen_entries_moves(patch):
+    update = ema.update
+    patch.setattr(ema, "update", lambda e, p, w, pruned, frozen: update(e, p, w, pruned, None))
+
+
 def ema_of_pruned_entries_fades(patch):
     update = ema.update
-    patch.setattr(ema, "update", lambda e, p, w, pruned: update(e, p, w, None))
+    patch.setattr(ema, "update", lambda e, p, w, pruned, frozen: update(e, p, w, None, frozen))
 
 
 def sign_of_zero_is_minus_one(patch):
@@ -220,6 +239,11 @@ PLANTS = [
     (bias_corrections_in_float, fuseopt.AdamW, {}, "p"),
     (one_minus_beta2_in_float, fuseopt.AdamW, {}, "exp_avg_sq"),
     (ema_one_step_ahead, fuseopt.AdamW, {"ema": AVERAGES}, "ema_1"),
+    (ema_update_counted_from_zero, fuseopt.AdamW, {"ema": fuseopt.EMA(warmup="swa")}, "ema_0"),
+    (ema_update_counted_from_zero, fuseopt.AdamW, {"ema": fuseopt.EMA(warmup="edm2", sigma_rel=0.1)}, "ema_0"),
+    (ema_updated_when_not_due, fuseopt.AdamW, {"ema": fuseopt.EMA(0.9, every=2)}, "ema_0"),
+    (ema_a_step_late, fuseopt.AdamW, {"ema": fuseopt.EMA(0.9, start=1, every=2)}, "ema_0"),
+    (ema_of_frozen_entries_moves, fuseopt.AdamW, {"ema": fuseopt.EMA(0.9)}, "frozen"),
     (ema_of_pruned_entries_fades, fuseopt.AdamW, THRESHOLD, "pruned"),
     (sign_of_zero_is_minus_one, fuseopt.Adam, {"l1": 1e-3}, "exp_avg"),
     (l1_before_the_threshold_shrinks_twice, fuseopt.AdamW, {"l1": 1e-3}, "p"),

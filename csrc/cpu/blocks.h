@@ -12,7 +12,7 @@ inline int64_t element_size(int storage) {
   return size[storage];
 }
 
-inline int64_t ema_size(int storage) {  // an average is kept in the type that its parameter computes in
+inline int64_t compute_size(int storage) {
   constexpr int64_t size[kStorages] = {sizeof(F32::compute), sizeof(F64::compute), sizeof(BF16::compute), sizeof(F16::compute)};
   return size[storage];
 }
@@ -51,9 +51,12 @@ struct BlockView {
   BlockView(const TensorTable& table, const Block& block)
       : t(table.tensors[block.tensor]), group(table.groups[t.group]), begin(block.begin), n(block.n) {}
 
-  void* ema(int k, int64_t at) const {
-    return static_cast<char*>(t.ema[k]) + (begin + at) * ema_size(t.storage);
-  }
+  int64_t ema_size(int k) const { return group.ema_narrow[k] ? element_size(t.storage) : compute_size(t.storage); }
+
+  void* ema(int k, int64_t at) const { return static_cast<char*>(t.ema[k]) + (begin + at) * ema_size(k); }
+
+  // Whether the update takes the first average along: one of the type of the arithmetic, as it mostly is.
+  bool takes_average() const { return group.n_ema > 0 && t.ema[0] && ema_size(0) == compute_size(t.storage); }
 };
 
 // A part of a block: addresses, and the bits of its masks unfolded into words.
@@ -77,7 +80,7 @@ class Tile {
       span.stage = &stage_;
     }
     span.scalars = t.scalars;
-    span.ema = view.group.n_ema > 0 ? view.ema(0, at) : nullptr;
+    span.ema = view.takes_average() ? view.ema(0, at) : nullptr;
     span.ema_weight = view.group.ema_weight[0];
     span.keep = t.keep.words ? unfold(t.keep, first) : nullptr;
   }

@@ -45,8 +45,8 @@ struct Kernels {
   void (*update_masked[2][kRules][kStorages])(const Span&);
   // Marks in `pruned` what a threshold pruned: stage 10 left it at zero, below the threshold.
   void (*mark_pruned[kStorages])(const Span&);
-  // Stage 11, for further averages.
-  void (*ema[kStorages])(void* ema, const Span&, double weight);
+  // Stage 11, for further averages; by whether they are kept in the parameter's type or in that of the arithmetic.
+  void (*ema[2][kStorages])(void* ema, const Span&, double weight);
   // Adds the squares of the unscaled, kept gradient to kLanes lanes.
   void (*grad_norm[kStorages])(const Span&, double* lanes);
   // Stage 12; `before` is the parameter as it was.

@@ -30,10 +30,13 @@ FUSEOPT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
   for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(static_cast<const char*>(at) + ahead + k);
 }
 
+template <class S> struct Wide { using type = F32; };  // how numbers of the type of the arithmetic are stored
+template <> struct Wide<F64> { using type = F64; };
+
 template <class Rule, class S, bool averaged>
 struct Streams {  // typed pointers and rounded scalars of a span
   using raw = typename S::raw;
-  using T = typename S::compute;  // the average of a 16-bit parameter is kept in fp32
+  using T = typename S::compute;  // the average that is taken along is kept in this type
   raw* __restrict__ p;
   const raw* __restrict__ g;
   raw* slot[Rule::slots > 0 ? Rule::slots : 1];
@@ -56,7 +59,8 @@ struct Streams {  // typed pointers and rounded scalars of a span
     pruned = step_element<Rule, S, masked>(weight, g[i], moment, keep, freeze, pruned, stage, rule);
     p[i] = weight;
     for (int k = 0; k < Rule::slots; ++k) slot[k][i] = moment[k];
-    if constexpr (averaged) ema[i] = ema_element(ema[i], S::load(weight), ema_weight, pruned);
+    if constexpr (averaged)
+      ema[i] = ema_element<typename Wide<S>::type>(ema[i], S::load(weight), ema_weight, pruned, masked & freeze & (!keep));
   }
 
   // GCC turns a select on a mask into a masked load, and those do not start the hardware prefetcher: from
@@ -106,19 +110,19 @@ void mark_pruned(const Span& a) {
   }
 }
 
-template <class S>
+template <class S, class E>
 void ema(void* stream, const Span& a, double weight) {
-  using T = typename S::compute;
-  const T w = T(weight);
-  auto* e = static_cast<T*>(stream);
+  const auto w = typename S::compute(weight);
+  auto* e = static_cast<typename E::raw*>(stream);
   const auto* p = static_cast<const typename S::raw*>(a.p);
   for (int64_t begin = 0; begin < a.n; begin += 32) {
     const int count = a.n - begin < 32 ? int(a.n - begin) : 32;
     const uint32_t pruned = a.pruned ? a.pruned[begin / 32] : 0;
-    prefetch_bytes(e + begin, 32 * sizeof(T));
+    const uint32_t frozen = a.freeze && a.keep ? ~a.keep[begin / 32] : 0;
+    prefetch_bytes(e + begin, 32 * sizeof *e);
 #pragma GCC ivdep
     for (int j = 0; j < count; ++j)
-      e[begin + j] = ema_element(e[begin + j], S::load(p[begin + j]), w, has(pruned, j));
+      e[begin + j] = ema_element<E>(e[begin + j], S::load(p[begin + j]), w, has(pruned, j), has(frozen, j));
   }
 }
 
@@ -199,7 +203,7 @@ constexpr Kernels table = {
     {{FUSEOPT_RULES(FUSEOPT_UPDATE)}, {FUSEOPT_RULES(FUSEOPT_UPDATE_EMA)}},
     {{FUSEOPT_RULES(FUSEOPT_MASKED)}, {FUSEOPT_RULES(FUSEOPT_MASKED_EMA)}},
     FUSEOPT_EACH(mark_pruned),
-    FUSEOPT_EACH(ema),
+    {{ema<F32, F32>, ema<F64, F64>, ema<BF16, F32>, ema<F16, F32>}, {ema<F32, F32>, ema<F64, F64>, ema<BF16, BF16>, ema<F16, F16>}},
     FUSEOPT_EACH(grad_norm),
     FUSEOPT_EACH(statistics),
 };

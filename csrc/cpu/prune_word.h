@@ -33,7 +33,8 @@ inline void prune_word(const BlockView& view, const Span& span, int64_t w, uint3
   zero_chosen(static_cast<char*>(span.p) + 32 * w * size, size, n, chosen);
   if (view.group.stage.keep_moments == 0)
     for (int k = 0; k < view.group.slots; ++k) zero_chosen(static_cast<char*>(span.slot[k]) + 32 * w * size, size, n, chosen);
-  for (int e = 0; e < view.group.n_ema; ++e) zero_chosen(view.ema(e, at), ema_size(view.t.storage), n, chosen);
+  for (int e = 0; e < view.group.n_ema; ++e)
+    if (view.t.ema[e]) zero_chosen(view.ema(e, at), view.ema_size(e), n, chosen);
 }
 
 }  // namespace fuseopt

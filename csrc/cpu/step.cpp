@@ -100,15 +100,17 @@ void step_tile(const BlockView& view, int64_t begin, Sums* sums) {
   if (sums) k.statistics[storage](before, span, sums);  // before the bits change: it tells what was free
   if (span.pruned && view.group.stage.prune_below > 0 && !tile.all_frozen())
     k.mark_pruned[storage](tile.with_all_words());
+  if (tile.all_frozen() && !span.pruned) return;
   for (int e = averages_done; e < view.group.n_ema; ++e)
-    k.ema[storage](view.ema(e, begin), span, view.group.ema_weight[e]);
+    if (view.t.ema[e]) k.ema[view.group.ema_narrow[e]][storage](view.ema(e, begin), span, view.group.ema_weight[e]);
 }
 
 // One update loop over the whole view, where nothing else wants the data while it is in the cache.
 bool step_at_once(const BlockView& view) {
-  if (view.t.keep.words || view.t.pruned || view.group.n_ema > 1) return false;
+  const bool averaged = view.takes_average();
+  if (view.t.keep.words || view.t.pruned || view.group.n_ema > averaged) return false;
   const Tile whole(view, 0, view.n);
-  kernels().update[view.group.n_ema][view.group.rule][view.t.storage](whole.span);
+  kernels().update[averaged][view.group.rule][view.t.storage](whole.span);
   return true;
 }
 
@@ -130,7 +132,8 @@ void prefetch(const TensorTable& table, int b) {
   };
   fetch(t.p), fetch(t.g);
   for (int k = 0; k < group.slots; ++k) fetch(t.slot[k]);
-  for (int k = 0; k < group.n_ema; ++k) fetch(t.ema[k]);
+  for (int k = 0; k < group.n_ema; ++k)
+    if (t.ema[k]) fetch(t.ema[k]);
 }
 
 // The blocks of an item; neighbours in one tensor are taken together, so that streams run on.

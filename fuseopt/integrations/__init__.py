@@ -8,7 +8,6 @@ timm.py          the optimizers in timm's registry
 from collections.abc import Iterable
 from contextlib import ExitStack
 
-from .. import averages
 from ..optimizer import FusedOptimizer
 
 
@@ -43,10 +42,10 @@ def averaging(optimizers: Iterable, k: int) -> list[FusedOptimizer]:
 def swap(optimizers: Iterable[FusedOptimizer], k: int) -> ExitStack:
     """Enter swap_ema(k) of each; close what is returned to leave them.
 
-    Left alone: an optimizer that has made no average yet, and one that is inside a swap already.
+    Left alone: an optimizer that is inside a swap already.
     """
     with ExitStack() as stack:
         for optimizer in optimizers:
-            if not optimizer._swapped and any(averages.made(optimizer, p, k) for p in optimizer.state):
+            if not optimizer._swapped:
                 stack.enter_context(optimizer.swap_ema(k))
         return stack.pop_all()

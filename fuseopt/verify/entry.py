@@ -25,10 +25,6 @@ class Entry:
     @classmethod
     def of(cls, opt, kind: type, p: Tensor) -> "Entry":
         live = live_streams(opt, kind, p)
-        for key in getattr(opt, "_placeholders", {}).get(p, ()):  # made, but without a value yet
-            live["emas"].pop(key, None)
-            if key == "momentum_buffer":
-                live["moments"].pop(key, None)
         clones = {part: {k: v.clone() for k, v in streams.items()} for part, streams in live.items()}
         pruned = live_pruned(opt, p)
         return cls(flat(p).clone(), pruned=None if pruned is None else pruned.clone(), **clones)
@@ -45,13 +41,15 @@ class Entry:
         )
         return Interval.around(x.double(), slack, x.dtype)
 
-    def averaged(self, key: str, source: Interval, w: float, dtype: torch.dtype) -> Interval:
-        """An average after e.lerp_(p, w), or a copy of p at first; in the average's type."""
+    def averaged(
+        self, key: str, source: Interval, w: float, dtype: torch.dtype, wide: torch.dtype
+    ) -> Interval:
+        """An average after e.lerp_(p, w), or a copy of p at first; kept in dtype, computed in `wide`."""
         if key not in self.emas:
             return Interval.around(source.value.double(), source.slack(), dtype)
         old, p = self.interval(key), source.value.double()
         e = old.value.double().lerp(p, w)
-        rounding = judge.ROUNDINGS * judge.roundoff(dtype) * torch.maximum(old.value.double().abs(), p.abs())
+        rounding = judge.ROUNDINGS * judge.roundoff(wide) * torch.maximum(old.value.double().abs(), p.abs())
         return Interval.around(e, (1 - w) * old.slack() + w * source.slack() + rounding, dtype)
 
     def renew(

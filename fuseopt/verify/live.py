@@ -30,7 +30,8 @@ def computes_in(opt, kind: type, p: Tensor, options: dict) -> torch.dtype:
 
 def live_streams(opt, kind: type, p: Tensor) -> dict[str, dict[str, Tensor]]:
     """The live state of p as {"moments": ..., "emas": ..., "counters": ...}; moments and averages flat."""
-    state = {k: v for k, v in opt.state.get(p, {}).items() if isinstance(v, Tensor)}
+    made = {k for k, of in getattr(opt, "_placeholders", {}).items() if p in of}  # but without a value yet
+    state = {k: v for k, v in opt.state.get(p, {}).items() if isinstance(v, Tensor) and k not in made}
     return {
         "moments": {k: flat(state[k]) for k in recipe.MOMENTS[kind] if k in state},
         "emas": {k: flat(v) for k, v in state.items() if k.startswith("ema_")},

@@ -109,14 +109,38 @@ def clip_coefficient(max_grad_norm: float | None, total_norm: Tensor) -> float:
     return float(torch.clamp(max_grad_norm / (total_norm + 1e-6), max=1.0))
 
 
-def ema_decay(options: dict, t: int) -> float:
-    """The decay of an average at step t (from 1), as timm.utils.ModelEmaV3.get_decay has it."""
-    if options["warmup"] is None:
-        return options["decay"]
-    step = max(0, t - 1)
+def ema_update(options: dict, t: int) -> int | None:
+    """The number (from 1) of the update of an average that step t (from 1) makes; None where it makes none."""
+    number, rest = divmod(t - options["start"], options["every"])
+    return number if rest == 0 and number >= 1 else None
+
+
+def ema_decay(options: dict, number: int) -> float:
+    """The decay of an average at its update of this number, as the classes and papers print it."""
+    warmup, decay = options["warmup"], options["decay"]
+    if warmup is None:
+        return decay
+    if warmup == "swa":  # torch.optim.swa_utils.get_swa_avg_fn: e + (p - e) / (num_averaged + 1)
+        return 1 - 1 / number
+    if warmup == "edm2":  # phema.power_function_beta in NVlabs/edm2
+        return (1 - 1 / number) ** (edm2_exponent(options["sigma_rel"]) + 1)
+    step = max(0, number - 1)  # timm.utils.ModelEmaV3.get_decay, diffusers.training_utils.EMAModel.get_decay
     if step <= 0:
         return 0.0
-    return max(min(1 - (1 + step) ** -(2 / 3), options["decay"]), 0.0)
+    grown = 1 - (1 + step) ** -(2 / 3) if warmup == "timm" else (1 + step) / (10 + step)
+    return max(min(grown, decay), 0.0)
+
+
+def edm2_exponent(sigma_rel: float) -> float:
+    """The gamma whose power function has this relative width, by bisection."""
+    low, high = 0.0, 1.0
+    width = lambda gamma: (gamma + 1) ** 0.5 * (gamma + 2) ** -1 * (gamma + 3) ** -0.5  # noqa: E731
+    while width(high) > sigma_rel:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if width(middle) > sigma_rel else (low, middle)
+    return low
 
 
 def sparsity_at(options: dict | None, t: int) -> float | None:

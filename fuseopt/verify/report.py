@@ -22,7 +22,7 @@ BOUNDS = {
         "roundings add up; moments forget theirs",
     ),
     "counters": ("0", "step counts are whole numbers, mu_product is kept in fp32 by torch too"),
-    "frozen": ("0 bits", "frozen weights and moments are written back as they were read"),
+    "frozen": ("0 bits", "frozen weights, moments and averages are written back as they were read"),
     "untouched": ("0 bits", "a parameter without a gradient takes no step"),
     "skipped": ("0 bits", "found_inf skips the step, its counts and its schedules"),
     "pruned": ("0 entries", "pruned weights, their moments and averages are exactly +0.0"),

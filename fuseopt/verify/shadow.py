@@ -113,8 +113,8 @@ class Shadow:
     def _exact(self, facts: StepFacts, name: str, p: Tensor, live: dict, before, after, frozen) -> None:
         """What must be so to the bit, beside the live state of just before the step."""
         entry = self.entries[p]
-        now = {"p": flat(p)} | live["moments"]
-        was = {"p": entry.p} | entry.moments
+        now = {"p": flat(p)} | live["moments"] | live["emas"]
+        was = {"p": entry.p} | entry.moments | entry.emas
         common = [stream for stream in now if stream in was]
         moved = sum(int((frozen & differ(now[k], was[k])).sum()) for k in common)
         self.tally.count(self.check, name, "frozen", facts.t, moved)
@@ -147,14 +147,21 @@ class Shadow:
         if not self.single:
             entry.renew(new, emas, counters, after)
 
-    def _averages(self, facts, options, name, p, live: dict, new_p: Interval, after) -> dict[str, Interval]:
+    def _averages(
+        self, facts, options, name, p, live: dict, new_p: Interval, after
+    ) -> dict[str, Interval]:
         """Compare the averages. From the live state they follow the live weight, else the copy's own."""
         entry, out = self.entries[p], {}
         source = Interval(*[flat(p)] * 3, flat(p).double()) if self.single else new_p
         for k, average in enumerate(options.get("ema", ()) if p in facts.grads else ()):
-            key, w = f"ema_{k}", 1 - recipe.ema_decay(average, facts.t)
+            key, number = f"ema_{k}", recipe.ema_update(average, facts.t)
+            if number is None:
+                continue
             wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-            out[key] = entry.averaged(key, source, w, wide)
+            kept = p.dtype if average["dtype"] == "parameter" else wide
+            out[key] = entry.averaged(key, source, 1 - recipe.ema_decay(average, number), kept, wide)
+            if key in entry.emas:
+                out[key].hold(facts.frozen(p), entry.interval(key))
         for key in entry.emas.keys() - out.keys():
             out[key] = entry.interval(key)
         for key, interval in out.items():
