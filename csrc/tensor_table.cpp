@@ -95,6 +95,13 @@ uint32_t* read_bits(PyObject* object, int64_t bits) {
   return static_cast<uint32_t*>(v.data);
 }
 
+bool none(const BitMask& mask) {
+  const int64_t whole = mask.period / 32, rest = mask.period % 32;
+  for (int64_t w = 0; w < whole; ++w)
+    if (mask.words[w]) return false;
+  return rest == 0 || (mask.words[whole] & ((1u << rest) - 1)) == 0;
+}
+
 bool read_mask(PyObject* state, Tensor* t) {
   static PyObject *keep = key("mask_keep"), *period = key("mask_period"), *inner = key("mask_inner"),
                   *freeze = key("mask_freeze");
@@ -108,7 +115,9 @@ bool read_mask(PyObject* state, Tensor* t) {
   t->freeze = PyObject_IsTrue(freeze_value) == 1;
   if (PyErr_Occurred() || t->keep.period < 1 || t->keep.inner < 1) return PyErr_Clear(), false;
   t->keep.words = read_bits(bits, t->keep.period);
-  return t->keep.words != nullptr;
+  if (!t->keep.words) return false;
+  t->all_frozen = t->freeze && none(t->keep);
+  return true;
 }
 
 // Whether the parameter's memory has the order in which its masks' bits lie; see stages/mask.py.
@@ -251,7 +260,7 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
   cut();
 }
 
-void TensorTable::cut() {
+void TensorTable::cut(bool all_frozen_too) {
   blocks.clear(), items.clear();
   int64_t total = 0;
   for (const Tensor& t : tensors) total += t.n;
@@ -260,7 +269,7 @@ void TensorTable::cut() {
   items.push_back(0);
   int64_t filled = 0;
   for (int k = 0; k < int(tensors.size()); ++k) {
-    const int64_t n = tensors[k].n;
+    const int64_t n = tensors[k].all_frozen && !all_frozen_too ? 0 : tensors[k].n;
     for (int64_t begin = 0; begin < n; begin += kBlock) {
       const int64_t length = std::min(kBlock, n - begin);
       blocks.push_back({k, int32_t(length), begin});

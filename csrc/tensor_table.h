@@ -47,6 +47,7 @@ struct Tensor {
   double scalars[kMaxScalars];   // Rule::Scalars<double>
   BitMask keep;                  // words == nullptr: no mask
   bool freeze = false;           // else the mask only zeroes the gradient
+  bool all_frozen = false;       // it holds every entry: a step changes the counters alone
   uint32_t* pruned = nullptr;    // nullptr: nothing pruned
 };
 
@@ -66,7 +67,7 @@ class TensorTable {
   TensorTable(const TensorTable&) = delete;
   std::vector<Group> groups;
   std::vector<Tensor> tensors;
-  std::vector<Block> blocks;
+  std::vector<Block> blocks;  // of what is not all_frozen, unless cut() was asked for all
   std::vector<int> items;  // blocks [items[i], items[i+1]) make one piece of work for a thread
   std::vector<Problem> problems;
   std::vector<_object*> params;  // the parameters in `tensors`
@@ -86,12 +87,14 @@ class TensorTable {
   // in its own place or None). After it returns, `problems` is empty or nothing may be run. Throws only if a tuple is malformed.
   void gather(_object* groups, _object* state, _object* grads, double inv_grad_scale);
 
+  // Fills blocks and items.
+  void cut(bool all_frozen_too = false);
+
  private:
   enum class Grad { kRead, kNone, kUnreadable };
   Grad read_grad(_object* param, _object* replacement, TensorView* out);
   bool gather_one(_object* param, _object* own, _object* state, _object* replacement, _object* spec, int group);
   bool add(_object* param, const TensorView& grad, _object* state, _object* spec, int group, bool fresh);
-  void cut();
   std::vector<_object*> held_;    // gradients that Python knows
   std::vector<void*> references_;  // and those that it does not; see raw_grad
   Trail trail_;

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import buffers, distributed, patterns, plan, reference, schema, select, torch_abi, torch_layout
+from . import buffers, distributed, masking, patterns, plan, reference, schema, select, torch_abi, torch_layout
 from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
 from .stages import ema, mask, statistics
@@ -89,7 +89,8 @@ def run(opt, step: plan.Step) -> None:
     if name == "cpu" and _cpu_steady_step(opt, step, of_buffers):
         return
     update, ranker = TABLE[name]
-    with held(), torch.device("cpu"):  # where counters and counts lie, whatever torch's default device
+    # On the CPU counters and counts lie, whatever torch's default device; masks' functions may use that.
+    with held(), masking.recomputed(opt, step), torch.device("cpu"):
         prepared = update(opt, step)
         _copy_into_new_averages(opt, prepared)
         at_once(*of_buffers)
@@ -183,7 +184,7 @@ def _cpu_steady_step(opt, step: plan.Step, of_buffers: list[Iterable]) -> bool:
     False, and nothing done, if something is to be made, copied, selected or summed up around it."""
     if opt.defaults["statistics"] or any(gs.sparsity is not None for gs in step.groups):
         return False
-    if _fills_placeholders(opt, step) or plan.without_prune_mask(opt, step):
+    if _fills_placeholders(opt, step) or plan.without_prune_mask(opt, step) or masking.todo(opt, step):
         return False
     table, problems = _gather(opt, step, {})
     if problems:

@@ -150,7 +150,7 @@ def _check_state(opt, group: dict, k: int, p: Tensor, state: Any) -> None:
     for key, value in state.items():
         if key in counters and not _is_number(value):
             raise TypeError(f"state {key!r} of parameter {k} is {_kind(value)}, not one number")
-        if key in slots or key.startswith("ema_"):
+        if key in slots or key == "mask_score" or key.startswith("ema_"):
             _check_values(key, value, k, p)
     _check_masks(state, k, p)
 
@@ -229,7 +229,7 @@ def _restore(opt, state_dict: dict[str, Any], own_masks: dict[Tensor, dict]) -> 
         for key, value in saved.items():
             if not isinstance(value, Tensor):
                 continue
-            if key.startswith("ema_"):
+            if key == "mask_score" or key.startswith("ema_"):
                 dtype = ema.dtype_of(kept_as[key], p) if key in kept_as else compute_dtype(p.dtype)
                 opt.state[p][key] = value.to(p.device, dtype)
             elif key == "mu_product":

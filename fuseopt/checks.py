@@ -89,6 +89,7 @@ def check(opt, slots: tuple, counters: tuple, emas: tuple, p: Tensor, g: Tensor 
         check_gradient(name, whole, g)
     for key in slots + emas + counters:
         check_state(name, whole, key, state.get(key), key in counters, key in emas)
+    check_state(name, whole, "mask_score", state.get("mask_score"), False, True)
     mask.check_state(name, p, state)
 
 

@@ -104,6 +104,11 @@ def placed_alike(p: Tensor, x: Tensor) -> bool:
     return p.device_mesh == x.device_mesh and p.placements == x.placements
 
 
+def aligned(p: Tensor, x: Tensor) -> Tensor:
+    """x placed on the processes as p is."""
+    return x if placed_alike(p, x) else x.redistribute(placements=p.placements)
+
+
 def groups(p: Tensor | None, sharded: bool) -> tuple:
     """The process groups over which a sum over p's entries here must be reduced to be over all of them."""
     if is_dtensor(p):

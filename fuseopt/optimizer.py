@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import averages, backends, checkpoint, checks, distributed, ema_state, explain, plan, pruning
+from . import averages, backends, checkpoint, checks, distributed, ema_state, explain, masking, plan, pruning
 from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
 from .stages import mask
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
 
-class FusedOptimizer(pruning.PruneMethods, averages.AverageMethods, torch.optim.Optimizer):
+class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.AverageMethods, torch.optim.Optimizer):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
     Stage options, by keyword on every class; the first four may differ between parameter groups, and
@@ -116,6 +116,7 @@ class FusedOptimizer(pruning.PruneMethods, averages.AverageMethods, torch.optim.
         optimizer's: they hold for the whole of it.
         """
         self.__dict__.setdefault("_placeholders", {})
+        self.__dict__.setdefault("_dynamic", [])  # masks that are recomputed
         if self._stage_defaults is not None:  # during construction
             self.defaults.update(self._stage_defaults)
             self.__dict__.pop("_stage_defaults")
@@ -139,6 +140,7 @@ class FusedOptimizer(pruning.PruneMethods, averages.AverageMethods, torch.optim.
         # Not class attributes: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_placeholders", {})
+        self.__dict__.setdefault("_dynamic", [])
         self.__dict__.setdefault("_swapped", [])  # the average that swap_ema has in
         self.__dict__.setdefault("_tracked", [])  # the buffers that are averaged
         for group in self.param_groups:
@@ -211,25 +213,6 @@ class FusedOptimizer(pruning.PruneMethods, averages.AverageMethods, torch.optim.
         return not distributed.Parts(params, self.defaults["sharded"]).total(count)
 
     # ---- masks, averages, reports ---------------------------------------------------------------
-
-    def mask(self, param: Tensor | str, keep: Tensor, mode: str = "freeze") -> None:
-        """Restrict the updates of a parameter to the entries where `keep` is True.
-
-        Args:
-            param: the parameter, or its name where the optimizer was given named parameters.
-            keep: boolean tensor that broadcasts to the parameter (to the whole of it, where processes
-                share it). Kept unexpanded, at 1 bit an entry. It replaces the parameter's earlier mask;
-                all True removes it.
-            mode: "freeze" keeps the other entries and their moments bit for bit; "grad" only zeroes
-                their gradient, so that decay and momentum still move them.
-
-        Raises TypeError or ValueError for a mask that does not fit, with nothing changed.
-        """
-        _, p, name = checks.find(self, param)
-        mask.check_mode(mode, name)
-        mask.check_keep(p.shape, keep, name)
-        plan.make_state(self)  # torch.distributed.checkpoint takes any state for a whole one
-        mask.replace(self.state[p], p, None if bool(keep.all()) else keep, mode == "freeze")
 
 
     def statistics(self) -> Mapping[str, float]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check, check_devices, in_layout_of
-from .distributed import local, placed_alike
+from .distributed import aligned, local
 from .stages import decay, ema, mask, prune
 
 
@@ -162,8 +162,7 @@ def prepare(opt, step: Step, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Te
             continue
         fresh = complete_state(opt, gs.group, p) or any(is_placeholder(opt, p, key) for key in gs.slots)
         filled = [key for key in gs.slots + gs.due if is_placeholder(opt, p, key)]
-        grad = p.grad if placed_alike(p, p.grad) else p.grad.redistribute(placements=p.placements)
-        prepared[p] = Prepared(in_layout_of(local(p), local(grad)), fresh, filled)
+        prepared[p] = Prepared(in_layout_of(local(p), local(aligned(p, p.grad))), fresh, filled)
     return prepared
 
 

@@ -164,14 +164,14 @@ def prune_smallest(
     if list(parts.members) == [()]:  # all on this process: the ranker counts off the ties by itself
         rankers[tuple(parts.members[()])].prune(kth, torch.tensor([rank]))
         return
-    quotas = torch.full((len(selection.members),), equal)
+    shares = torch.full((len(selection.members),), equal)
     if rank < equal:
-        ties = torch.zeros_like(quotas)
+        ties = torch.zeros_like(shares)
         for members, ranker in rankers.items():
             ties[list(members)] = ranker.ties(kth)
-        quotas = _quotas(selection, ties, rank, lambda p: tied(p, kth))
+        shares = quotas(selection.parts, ties, rank, lambda p: tied(p, kth))
     for members, ranker in rankers.items():
-        ranker.prune(kth, quotas[list(members)])
+        ranker.prune(kth, shares[list(members)])
 
 
 def share(rank: int | Tensor, ties: Tensor) -> Tensor:
@@ -179,16 +179,16 @@ def share(rank: int | Tensor, ties: Tensor) -> Tensor:
     return (rank - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
 
 
-def _quotas(selection: Selection, ties: Tensor, rank: int, tied: Callable[[Tensor], Tensor]) -> Tensor:
-    """How many of each member's ties on this process are among the first `rank` of all."""
-    total = selection.parts.each(ties)
-    chosen = share(rank - selection.parts.before(ties.sum()), total)
-    quotas = torch.where(chosen == total, ties, chosen)
+def quotas(parts: Parts, ties: Tensor, rank: int, tied: Callable[[Tensor], Tensor]) -> Tensor:
+    """How many of each parameter's ties on this process are among the first `rank` of all."""
+    total = parts.each(ties)
+    chosen = share(rank - parts.before(ties.sum()), total)
+    shares = torch.where(chosen == total, ties, chosen)
     for k in ((chosen > 0) & (chosen < total)).nonzero().flatten().tolist():  # one at most
-        p = selection.members[k][1]
+        p = parts.params[k]
         if is_dtensor(p):
-            quotas[k] = _first_here(p, tied(p), int(chosen[k]))
-    return quotas
+            shares[k] = _first_here(p, tied(p), int(chosen[k]))
+    return shares
 
 
 def _first_here(p: Tensor, tied: Tensor, count: int) -> Tensor:

@@ -98,6 +98,7 @@ void step_tile(const BlockView& view, int64_t begin, Sums* sums) {
     averages_done = averaged;
   }
   if (sums) k.statistics[storage](before, span, sums);  // before the bits change: it tells what was free
+  if (view.t.all_frozen) return;  // it is here for the statistics
   if (span.pruned && view.group.stage.prune_below > 0 && !tile.all_frozen())
     k.mark_pruned[storage](tile.with_all_words());
   if (tile.all_frozen() && !span.pruned) return;
@@ -170,6 +171,7 @@ void step(TensorTable& table, double norm, Statistics* statistics) {
   clip(table, norm);
   prepare_scalars(table);
   if (statistics) {
+    table.cut(true);  // weights are counted though they are frozen
     static thread_local std::vector<Statistics> sums;
     sums.resize(table.blocks.size());
     Statistics* out = sums.data();

@@ -80,7 +80,7 @@ def fold(keep: Tensor, shape: torch.Size, order: list[int]) -> tuple[Tensor, int
     aligned = keep.reshape([1] * (len(shape) - keep.dim()) + list(keep.shape)).permute(order)
     sizes = [shape[d] for d in order]
     full = [d for d, size in enumerate(sizes) if size > 1 and aligned.shape[d] == size]
-    if not full:  # one bit for the whole tensor
+    if not full or aligned.all() or not aligned.any():  # one bit for the whole tensor
         return aligned.reshape(-1)[:1], 1, max(math.prod(sizes), 1)
     first, last = full[0], full[-1]
     between = [aligned.shape[d] if d in full else sizes[d] for d in range(first, last + 1)]
@@ -207,19 +207,38 @@ def replace(state: dict, p: Tensor, keep: Tensor | None, freeze: bool) -> None:
     if keep is None:
         return
     here = local(p)
-    keep = keep.reshape([1] * (p.dim() - keep.dim()) + list(keep.shape))
-    own = part(p, keep)
-    bits, period, inner = fold(own, here.shape, order_of(state, here))
-    if not here.numel():  # a process may hold no entry of a parameter and yet has to save its mask
+    if keep.dim() < p.dim():
+        keep = keep.reshape([1] * (p.dim() - keep.dim()) + list(keep.shape))
+    own = local(keep) if keep.shape == p.shape and placed_alike(p, keep) else part(p, keep)
+    _store(state, here, own)
+    state["mask_shape"], state["mask_freeze"] = list(keep.shape), freeze
+
+
+def _store(state: dict, p: Tensor, own: Tensor) -> None:
+    """Write the bits of a mask that broadcasts to a parameter's part on this process."""
+    bits, period, inner = fold(own, p.shape, order_of(state, p))
+    if not p.numel():  # a process may hold no entry of a parameter and yet has to save its mask
         bits = own.reshape(-1) if own.numel() else torch.ones(1, dtype=torch.bool)
         period, inner = bits.numel(), 1
     state["mask_keep"], state["mask_period"], state["mask_inner"] = pack(bits), period, inner
-    state["mask_shape"], state["mask_freeze"] = list(keep.shape), freeze
+
+
+def widen(state: dict, p: Tensor) -> None:
+    """Have a parameter's mask saved in the shape of the parameter, in which any other that comes later fits."""
+    here = local(p)
+    if not here.numel():
+        _store(state, here, given(state, here).expand([n if m > 1 else 1 for n, m in zip(here.shape, p.shape)]))
+    state["mask_shape"] = list(p.shape)
+
+
+def all_frozen(state: dict) -> bool:
+    """Whether a "freeze" mask holds every entry."""
+    return bool(state.get("mask_freeze")) and not state["mask_keep"].any()
 
 
 def entries(state: dict) -> dict:
     """The entries of the user's mask in a parameter's state."""
-    return {key: state[key] for key in (*STATE_KEYS, "mask_order") if key in state}
+    return {key: state[key] for key in (*STATE_KEYS, "mask_t", "mask_order") if key in state}
 
 
 def saved(state: dict, p: Tensor, prunable: bool) -> dict:
