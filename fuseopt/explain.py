@@ -1,8 +1,8 @@
 """`opt.explain()`: what one step does, and the bytes it moves."""
 
-from . import backends
+from . import backends, masking
 from .distributed import local
-from .stages import ema, prune
+from .stages import ema, mask, prune
 
 
 class Explanation:
@@ -48,14 +48,17 @@ def _rows(opt, k: int, group: dict) -> list[dict]:
         dtype = str(p.dtype).removeprefix("torch.")
         empty = {"group": k, "dtype": dtype, "tensors": 0, "elements": 0} | dict.fromkeys(STREAMS, 0)
         row = rows.setdefault(dtype, empty)
-        n, size = local(p).numel(), p.element_size()
+        n, size, state = local(p).numel(), p.element_size(), opt.state.get(p, {})
         row["tensors"] += 1
         row["elements"] += n
+        row["masks"] += masking.score_bytes(opt, p)
+        if mask.all_frozen(state):  # not visited
+            continue
         row["param"] += 2 * n * size
         row["grad"] += n * size
         row["moments"] += 2 * n * size * len(opt.slots(group))
         row["ema"] += sum(_average_bytes(options, group, p) for options in group["ema"])
-        row["masks"] += _mask_bytes(opt.state.get(p, {}), group, p)
+        row["masks"] += _mask_bytes(state, group, p)
         row["norm"] += n * size if norm else 0
     for row in rows.values():
         row["bytes"] = sum(row[s] for s in STREAMS)

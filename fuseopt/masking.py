@@ -186,6 +186,16 @@ def stop(opt, params: list[Tensor], going_on: set[Tensor] = frozenset()) -> None
     opt._dynamic[:] = [one for one in opt._dynamic if one.freezes or opt.defaults["sharded"]]
 
 
+def score_bytes(opt, p: Tensor) -> int:
+    """What a step reads and writes to add up the scores of a parameter on this process."""
+    each = [
+        one.fn.reads * p.element_size() + 2 * compute_dtype(p.dtype).itemsize
+        for one in opt._dynamic
+        if one.sums and p in one.freezes
+    ]
+    return local(p).numel() * sum(each)
+
+
 # ---- in a step --------------------------------------------------------------------------------------
 
 
@@ -256,7 +266,8 @@ def _scores(opt, step: plan.Step, one: Dynamic, members: Members) -> dict[Tensor
     scores = {}
     for gs, p in members:
         kind, here, state = compute_dtype(p.dtype), local(p).detach(), opt.state[p]
-        g = local(aligned(p, p.grad)).to(kind) * (gs.stage["inv_grad_scale"] * gs.stage["direction"])
+        g, factor = local(aligned(p, p.grad)).to(kind), gs.stage["inv_grad_scale"] * gs.stage["direction"]
+        g = g if factor == 1 else g * factor
         score = one.fn.score(p, here.to(kind), g, step.t, place[p])
         if one.sums:
             score = score + local(state["mask_score"]) if "mask_score" in state else score

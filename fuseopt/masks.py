@@ -30,6 +30,7 @@ class Ranking:
     share: float
     scope: str = "tensor"
     sums: ClassVar[bool] = False  # whether scores are added up, at every step; else they are of one step
+    reads: ClassVar[int] = 1  # how many of gradient and weight it reads
 
     def __post_init__(self):
         if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
@@ -80,6 +81,7 @@ class Movement(Ranking):
     """
 
     sums: ClassVar[bool] = True
+    reads: ClassVar[int] = 2
 
     def score(self, p: Tensor, w: Tensor, g: Tensor, t: int, place: int) -> Tensor:
         return -g * w
@@ -108,7 +110,7 @@ class Random(Ranking):
     def score(self, p: Tensor, w: Tensor, g: Tensor, t: int, place: int) -> Tensor:
         mixed = zlib.crc32(f"{self.seed} {t} {place}".encode())  # torch's generator takes 32 bits of a seed
         drawn = torch.rand(p.shape, generator=torch.Generator().manual_seed(mixed), device="cpu")
-        return part(p, drawn).to(w.device)
+        return part(p, drawn).expand(w.shape).to(w.device)  # from 1 to 0 entries, too
 
 
 def nonzero(param: Tensor) -> Tensor:

@@ -167,12 +167,12 @@ def check_state(name: str, p: Tensor, state: dict) -> None:
 
 
 def given(state: dict, p: Tensor) -> Tensor:
-    """The user's mask, of size 1 in the dimensions in which it was given so."""
-    shape = state["mask_shape"]
-    if not p.numel():
-        own = [p.shape[d] if size > 1 else 1 for d, size in enumerate(shape)]
+    """The user's mask on this process, of size 1 in the dimensions in which it was given so."""
+    shape, here = state["mask_shape"], local(p)
+    if not here.numel():
+        own = [n if size == m else 1 for n, m, size in zip(here.shape, p.shape, shape, strict=True)]
         return unpack(state["mask_keep"], math.prod(own)).reshape(own)
-    keep = unfold(state, p)
+    keep = unfold(state, here)
     for d, size in enumerate(shape):
         keep = keep.narrow(d, 0, 1) if size == 1 else keep
     return keep.contiguous()  # not a view that would save all of it
@@ -227,7 +227,7 @@ def widen(state: dict, p: Tensor) -> None:
     """Have a parameter's mask saved in the shape of the parameter, in which any other that comes later fits."""
     here = local(p)
     if not here.numel():
-        _store(state, here, given(state, here).expand([n if m > 1 else 1 for n, m in zip(here.shape, p.shape)]))
+        _store(state, here, given(state, p).expand(here.shape))
     state["mask_shape"] = list(p.shape)
 
 
@@ -256,8 +256,8 @@ def saved(state: dict, p: Tensor, prunable: bool) -> dict:
     if "mask_keep" in state and state["mask_keep"].dtype == torch.bool:  # loaded so; see into_memory_order
         out["mask_keep"], out["mask_freeze"] = state["mask_keep"], state["mask_freeze"]
     elif "mask_keep" in state:
-        split = {d for d, size in enumerate(state["mask_shape"]) if size > 1}
-        out["mask_keep"], out["mask_freeze"] = whole(p, given(state, here), split), state["mask_freeze"]
+        split = {d for d, size in enumerate(state["mask_shape"]) if size == p.shape[d]}
+        out["mask_keep"], out["mask_freeze"] = whole(p, given(state, p), split), state["mask_freeze"]
     return out
 
 
