@@ -46,25 +46,52 @@ struct BitMask {
     const int64_t k = (i / inner) % period;
     return (words[k >> 5] >> (k & 31)) & 1u;
   }
+};
 
-  // Bits of elements i .. i+31; `n` is the number of elements that exist from i on. The bits past the
-  // end are unspecified.
-  FUSEOPT_INLINE uint32_t word(int64_t i, int64_t n) const {
-    if (inner == 1) {
-      const int64_t k = i % period;
-      if ((k & 31) == 0 && k + 32 <= ((period + 31) & ~int64_t(31)) && (k + 32 <= period || n <= period - k))
-        return words[k >> 5];
-      if (k + 32 <= period) {  // two neighbouring words
-        const uint64_t pair = uint64_t(words[k >> 5]) | uint64_t(words[(k + 31) >> 5]) << 32;
-        return uint32_t(pair >> (k & 31));
-      }
-    } else if (i % inner + (n < 32 ? n : 32) <= inner) {  // within one row
-      return bit(i) ? ~0u : 0u;
-    }
+// Walks over a mask in steps of 32 elements: dividing at each of them would take longer than the update.
+class BitWalk {
+ public:
+  FUSEOPT_INLINE BitWalk(const BitMask& mask, int64_t first)
+      : mask_(mask), i_(first), k_((first / mask.inner) % mask.period), left_(mask.inner - first % mask.inner) {}
+
+  // The bits of the next 32 elements; those past the end of the tensor are unspecified.
+  FUSEOPT_INLINE uint32_t next() {
+    if (mask_.inner >= 32) return next_in_rows();
+    if (mask_.inner == 1 && mask_.period >= 32) return next_in_period();
     uint32_t out = 0;
-    for (int64_t j = 0; j < 32 && j < n; ++j) out |= bit(i + j) << j;
+    for (int j = 0; j < 32; ++j) out |= mask_.bit(i_ + j) << j;
+    i_ += 32;
     return out;
   }
+
+ private:
+  FUSEOPT_INLINE uint32_t next_in_rows() {  // of at most two
+    const uint32_t row = all_of(k_);
+    if (left_ >= 32) return left_ -= 32, row;
+    const uint32_t rest = (1u << left_) - 1;
+    k_ = k_ + 1 == mask_.period ? 0 : k_ + 1;
+    left_ += mask_.inner - 32;
+    return (row & rest) | (all_of(k_) & ~rest);
+  }
+
+  FUSEOPT_INLINE uint32_t next_in_period() {
+    const int64_t rest = mask_.period - k_;
+    const int64_t at = k_;
+    if (rest >= 32) return k_ = rest == 32 ? 0 : k_ + 32, read(at, 32);
+    k_ = 32 - rest;
+    return (read(at, rest) & ((1u << rest) - 1)) | read(0, k_) << rest;
+  }
+
+  FUSEOPT_INLINE uint32_t all_of(int64_t k) const { return -((mask_.words[k >> 5] >> (k & 31)) & 1u); }
+
+  FUSEOPT_INLINE uint32_t read(int64_t k, int64_t count) const {  // `count` bits from k on, and others above
+    const uint32_t* word = mask_.words + (k >> 5);
+    const int shift = int(k & 31);
+    return shift + count > 32 ? word[0] >> shift | word[1] << (32 - shift) : word[0] >> shift;
+  }
+
+  const BitMask& mask_;
+  int64_t i_, k_, left_;  // element, bit, elements left in its row
 };
 
 }  // namespace fuseopt

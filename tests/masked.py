@@ -48,8 +48,7 @@ def run(params: list, place, fn, dtype: torch.dtype, backend: str) -> dict:
     return found
 
 
-def all_cases(params, place, backends: tuple) -> dict:
-    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+def all_cases(params, place, backends: tuple, dtypes: tuple) -> dict:
     return {
         (name, dtype, backend): run(params(dtype), place, fn, dtype, backend)
         for name, fn in READY.items()
@@ -60,7 +59,7 @@ def all_cases(params, place, backends: tuple) -> dict:
 
 def one_process() -> dict:
     make = lambda dtype: [torch.nn.Parameter(w) for w in weights(dtype)]
-    return all_cases(make, lambda g: g, ("cpu", "torch"))
+    return all_cases(make, lambda g: g, ("cpu", "torch"), (torch.float32, torch.bfloat16, torch.float64))
 
 
 def many_processes(placement: str) -> dict:
@@ -68,10 +67,23 @@ def many_processes(placement: str) -> dict:
     mesh = init_device_mesh("cpu", sizes)
     place = lambda x: spread(x, mesh, placements)
     make = lambda dtype: [torch.nn.Parameter(place(w)) for w in weights(dtype)]
-    return all_cases(make, place, ("cpu", "torch") if placement == "rows" else ("cpu",))
+    if placement == "rows":
+        return all_cases(make, place, ("cpu", "torch"), (torch.float32, torch.bfloat16, torch.float64))
+    return all_cases(make, place, ("cpu",), (torch.float32,))
 
 
-def each_its_own(fn, every: int | None) -> list:
+OWN = [
+    (fn, every)
+    for fn in (masks.TopGradient(0.3, "global"), masks.Movement(0.3, "global"), masks.Fisher(0.3))
+    for every in (2, None)
+]
+
+
+def each_its_own() -> list:
+    return [masks_of_own(fn, every) for fn, every in OWN]
+
+
+def masks_of_own(fn, every: int | None) -> list:
     """Masks of plain parameters, dealt out among the processes, after steps with sharded=True; all in one process.
 
     The last process may have none at all.

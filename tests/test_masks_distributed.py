@@ -12,31 +12,29 @@ import sharded
 from ranks import on_ranks
 from test_distributed import assert_equal
 
-from fuseopt import masks
+
+@pytest.fixture(scope="module")
+def in_one_process():
+    return masked.one_process()
 
 
 @pytest.mark.parametrize("placement", sharded.PLACEMENTS)
-def test_dtensors_are_masked_as_one_process_masks_them(placement):
+def test_dtensors_are_masked_as_one_process_masks_them(placement, in_one_process):
     """Bit for bit: masks, scores, weights, averages, of every ready mask, in every type; ties included."""
-    expected = masked.one_process()
     world = torch.Size(sharded.PLACEMENTS[placement][0]).numel()
     for found in on_ranks(world, masked.many_processes, placement):
         for case, mine in found.items():
-            assert_equal(mine, expected[case], f"{placement} {case}")
+            assert_equal(mine, in_one_process[case], f"{placement} {case}")
 
 
-@pytest.mark.parametrize("every", (2, None))
-@pytest.mark.parametrize(
-    "fn", (masks.TopGradient(0.3, "global"), masks.Movement(0.3, "global"), masks.Fisher(0.3)), ids=str
-)
 @pytest.mark.parametrize("world", (2, 3))
-def test_processes_with_parameters_of_their_own_rank_together(world, fn, every):
+def test_processes_with_parameters_of_their_own_rank_together(world):
     """sharded=True; of three processes the last has none."""
-    expected = masked.each_its_own(fn, every)
-    found = [pair for rank in on_ranks(world, masked.each_its_own, fn, every) for pair in rank]
-    assert len(found) == len(expected)
-    for mine, whole in zip(found, expected, strict=True):
-        assert all(map(torch.equal, mine, whole))
+    ranks = on_ranks(world, masked.each_its_own)
+    for k, expected in enumerate(masked.each_its_own()):
+        found = [pair for rank in ranks for pair in rank[k]]
+        for mine, whole in zip(found, expected, strict=True):
+            assert all(map(torch.equal, mine, whole)), masked.OWN[k]
 
 
 @pytest.mark.parametrize("steps", (0, 1, 5))

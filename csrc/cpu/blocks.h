@@ -101,8 +101,9 @@ class Tile {
   // nullptr where every element is kept.
   const uint32_t* unfold(const BitMask& mask, int64_t first) {
     uint32_t every = ~0u, any = 0;
+    BitWalk walk(mask, first);
     for (int64_t i = 0, w = 0; i < span.n; i += 32, ++w) {
-      const uint32_t word = mask.word(first + i, span.n - i);
+      const uint32_t word = walk.next();
       const uint32_t live = span.n - i < 32 ? (1u << (span.n - i)) - 1 : ~0u;
       every &= word | ~live;
       any |= word & live;

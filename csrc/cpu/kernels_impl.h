@@ -25,9 +25,10 @@ static const uint32_t bit_table[32] = {
     1u << 22, 1u << 23, 1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31};
 FUSEOPT_INLINE bool has(uint32_t word, int bit) { return (word & bit_table[bit]) != 0; }
 
+constexpr int64_t kAhead = 2048;  // bytes
+
 FUSEOPT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
-  constexpr int64_t ahead = 2048;
-  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(static_cast<const char*>(at) + ahead + k);
+  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(static_cast<const char*>(at) + kAhead + k);
 }
 
 template <class S> struct Wide { using type = F32; };  // how numbers of the type of the arithmetic are stored
@@ -83,16 +84,29 @@ void update(const Span& a) {
 template <class Rule, class S, bool averaged>
 FUSEOPT_INLINE void update_word(const Streams<Rule, S, averaged>& s, int64_t begin, int count, uint32_t keep,
                                 uint32_t pruned, bool freeze) {
-  s.prefetch(begin);
 #pragma GCC ivdep
   for (int j = 0; j < count; ++j) s.template step<true>(begin + j, has(keep, j), freeze, has(pruned, j));
 }
 
 template <class Rule, class S, bool averaged>
+FUSEOPT_INLINE void update_free_word(const Streams<Rule, S, averaged>& s, int64_t begin) {
+#pragma GCC ivdep
+  for (int j = 0; j < 32; ++j) s.template step<false>(begin + j, true, false, false);
+}
+
+// Rows that are kept or frozen as a whole take the loop without masks, or none.
+template <class Rule, class S, bool averaged>
 void update_masked(const Span& a) {
   const Streams<Rule, S, averaged> s(a);
   const int64_t words = a.n / 32;
-  for (int64_t w = 0; w < words; ++w) update_word(s, 32 * w, 32, a.keep[w], a.pruned[w], a.freeze);
+  const int64_t ahead = kAhead / int64_t(32 * sizeof *s.p);
+  const bool threshold = a.stage->prune_below > 0;
+  for (int64_t w = 0; w < words; ++w) {
+    if (w + ahead >= words || !a.freeze || a.keep[w + ahead]) s.prefetch(32 * w);
+    if (a.freeze && a.keep[w] == 0) continue;
+    if (a.keep[w] == ~0u && a.pruned[w] == 0 && !threshold) update_free_word(s, 32 * w);
+    else update_word(s, 32 * w, 32, a.keep[w], a.pruned[w], a.freeze);
+  }
   if (a.n % 32) update_word(s, 32 * words, int(a.n % 32), a.keep[words], a.pruned[words], a.freeze);
 }
 
