@@ -10,6 +10,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 SCRIPTS = {
     "prune.py": (["--elements", "1", "--rounds", "1"], "prune"),
+    "masks.py": (["--elements", "1e5", "--rounds", "3"], "masks"),
 }
 
 
