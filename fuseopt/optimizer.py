@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import averages, backends, checkpoint, checks, distributed, ema_state, explain, masking, plan, pruning
+from . import averages, backends, checkpoint, distributed, ema_state, explain, masking, plan, pruning
 from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
-from .stages import mask
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 

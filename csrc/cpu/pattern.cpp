@@ -23,10 +23,12 @@ void (*const keys_of[kStorages])(const void*, int64_t, int64_t, int32_t*) = {
 #undef FUSEOPT_KEYS
 };
 
-// key[j] = value where element at + j has the bit `set`; elements at .. at + n - 1 of `total`.
-void put(const BitMask& bits, bool set, int32_t value, int64_t at, int64_t n, int64_t total, int32_t* key) {
+// key[j] = value where element at + j has the bit `set`; elements at .. at + n - 1.
+void put(const BitMask& bits, bool set, int32_t value, int64_t at, int64_t n, int32_t* key) {
+  if (n == 0) return;
+  BitWalk walk(bits, at);
   for (int64_t j = 0; j < n; j += 32) {
-    uint32_t word = bits.word(at + j, total - at - j) ^ (set ? 0u : ~0u);
+    uint32_t word = walk.next() ^ (set ? 0u : ~0u);
     if (n - j < 32) word &= (1u << (n - j)) - 1;
     if (word && n - j >= 32)
       for (int k = 0; k < 32; ++k) key[j + k] = select(word & kBit[k], value, key[j + k]);
@@ -37,8 +39,8 @@ void put(const BitMask& bits, bool set, int32_t value, int64_t at, int64_t n, in
 
 void load(const Tensor& t, int64_t at, int64_t n, int32_t* key) {
   keys_of[t.storage](t.p, at, n, key);
-  if (t.keep.words && t.freeze) put(t.keep, false, kFrozen, at, n, t.n, key);
-  put({t.pruned, t.n, 1}, true, kPruned, at, n, t.n, key);
+  if (t.keep.words && t.freeze) put(t.keep, false, kFrozen, at, n, key);
+  put({t.pruned, t.n, 1}, true, kPruned, at, n, key);
 }
 
 // out = ~0 for the entries that are not among the n largest of their group: `count` groups of m entries that lie
