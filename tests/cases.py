@@ -83,8 +83,9 @@ ONE_EACH = tuple(
 
 # ---- stages -----------------------------------------------------------------------------------------
 
-# |p| is stored rounded, so the float64 oracle agrees on |p| < t only where t is a boundary of rounding.
-THRESHOLD = {F32: 0.5, F64: 0.5, BF16: 0.5 + 2**-9, F16: 0.5 + 2**-12}
+# |p| is stored rounded, so the float64 oracle agrees on |p| < t only where t lies just above a boundary of rounding,
+# whose own values go to the even side, below.
+THRESHOLD = {F32: 0.5, F64: 0.5, BF16: 0.5 + 2**-9 + 2**-22, F16: 0.5 + 2**-12 + 2**-24}
 
 
 @dataclass(frozen=True)
