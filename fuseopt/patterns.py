@@ -135,8 +135,7 @@ def squares(p: Tensor) -> Tensor:
 
 def _keys(p: Tensor) -> Tensor:
     """Integers in the order of the norms of the rows that lie here, NaN last."""
-    here = local(p)
-    return squares(here).view(torch.int64) & ((1 << 63) - 1) if here.numel() else torch.zeros(0, dtype=torch.int64)
+    return squares(local(p)).view(torch.int64) & ((1 << 63) - 1)
 
 
 def _rows(opt, gs: plan.GroupStep, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -232,6 +232,18 @@ def test_sums_of_squares_are_formed_in_a_fixed_order(native):
         torch.testing.assert_close(one, row.double().square().sum().expand(40), rtol=1e-13, atol=0.0)
 
 
+def test_rows_that_are_not_numbers_stay(backend):
+    """NaN of either sign ranks above infinity."""
+    nan = torch.tensor(math.nan)
+    values = torch.stack(
+        [torch.tensor(1.0), nan.copysign(torch.tensor(-1.0)), torch.tensor(math.inf), nan, torch.tensor(2.0)]
+    )
+    p = nn.Parameter(values[:, None].repeat(1, 3))
+    opt = hold([p], backend, Prune(0.6, pattern="rows"))
+    opt.step()
+    assert opt.prune_mask(p).all(1).tolist() == [True, False, True, False, True]
+
+
 def test_too_few_free_rows_are_refused_before_anything_changes(backend):
     params = parameters([(10, 4), (10, 4)])
     opt = fuseopt.AdamW(

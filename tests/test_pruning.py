@@ -14,7 +14,8 @@ from fuseopt import EMA, Prune
 
 def make_model(dtype=F32):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(8, 12, 3, bias=False), nn.Flatten(), nn.Linear(12, 16), nn.Linear(16, 5)).to(dtype)
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, bias=False), nn.Flatten(), nn.Linear(12, 16), nn.Linear(16, 5))
+    return model.to(dtype, memory_format=torch.channels_last)
 
 
 def trained(prune, backend="cpu", dtype=F32, **more):
@@ -52,6 +53,7 @@ def test_finalize_leaves_an_ordinary_optimizer(name, dtype, backend):
         assert_same_bits(value, before[key], key)
     assert all(group["prune"] is None for group in opt.param_groups) and opt.defaults["prune"] is None
     assert all(opt.prune_mask(p) is None for p in model.parameters())
+    assert not any(key.startswith(("mask_", "prune_")) for state in opt.state.values() for key in state)
     twin = copy.deepcopy(model)
     other = fuseopt.AdamW(twin.named_parameters(), lr=0.01, ema=[EMA(0.9), EMA(0.5)], backend=backend)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
