@@ -250,7 +250,7 @@ def test_a_weight_of_zero_leaves_the_bits_alone(backend):
     run(opt, [p], 1)
     with torch.no_grad():
         opt.state[p]["ema_0"][1, :4] = torch.tensor([-0.0, 3.0, -3.0, 1.0])
-        p[1, :4] = torch.tensor([1.0, torch.inf, -torch.inf, 5.0])
+        p[1, :4] = torch.tensor([1.5, torch.inf, -torch.inf, 5.0])
     was = opt.state[p]["ema_0"].clone()
     run(opt, [p], 1, 2)
     assert_same_bits(opt.state[p]["ema_0"][1], was[1])
