@@ -233,6 +233,29 @@ def test_averages_in_the_parameters_dtype_are_rounded_once(backend):
             assert torch.equal(opt.state[p]["ema_0"].double(), average), (dtype, t)
 
 
+def test_one_average_in_the_parameters_dtype_and_nothing_else(backend):
+    p = parameters([(200, 100)], BF16)[0]
+    opt = run(fuseopt.SGD([p], lr=0.1, ema=EMA(0.75, dtype="parameter"), backend=backend), [p], 1)
+    first = p.detach().double()
+    run(opt, [p], 1, 2)
+    expected = (0.25 * (p.detach().double() - first) + first).float().to(BF16)
+    assert_same_bits(opt.state[p]["ema_0"], expected)
+
+
+def test_a_weight_of_zero_leaves_the_bits_alone(backend):
+    """0 * inf is NaN, and -0 + 0 is +0."""
+    p = torch.nn.Parameter(torch.linspace(1.0, 2.0, 2000).reshape(2, 1000))
+    opt = fuseopt.SGD([p], lr=0.0, ema=[EMA(1.0), EMA(0.9, every=9)], prune=Prune(threshold=1.1), backend=backend)
+    opt.state[p]["prune_mask"] = torch.zeros(252, dtype=torch.uint8)
+    run(opt, [p], 1)
+    with torch.no_grad():
+        opt.state[p]["ema_0"][1, :4] = torch.tensor([-0.0, 3.0, -3.0, 1.0])
+        p[1, :4] = torch.tensor([1.5, torch.inf, -torch.inf, 5.0])
+    was = opt.state[p]["ema_0"].clone()
+    run(opt, [p], 1, 2)
+    assert_same_bits(opt.state[p]["ema_0"][1], was[1])
+
+
 def test_every_backend_and_instruction_set_gives_the_same_bits(native):
     """And any number of threads, over sizes that span vectors, tiles and blocks."""
     def averages(isa, threads, dtype):
