@@ -14,9 +14,13 @@ def made(opt, p: Tensor, k: int) -> bool:
     return key in opt.state.get(p, {}) and not is_placeholder(opt, p, key)
 
 
-def find_placeholders(opt) -> None:
-    """Note which averages hold no value yet: those that are NaN throughout."""
+def find_placeholders(opt, untouched: bool) -> None:
+    """Note what holds no value yet: averages that are NaN throughout; before the first step every moment."""
     opt._placeholders.clear()
+    for group in opt.param_groups if untouched and opt.state else ():
+        for key in opt.slots(group):
+            made = {p for p in group["params"] if opt.state.get(p, {}).get(key) is not None}
+            opt._placeholders.setdefault(key, set()).update(made)
     for p, state in opt.state.items():
         for key, value in state.items() if isinstance(state, dict) else ():
             if key.startswith("ema_") and isinstance(value, Tensor) and _all_nan(local(value)):

@@ -147,10 +147,11 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
                 if name in self.defaults:
                     group.setdefault(name, copy.deepcopy(self.defaults[name]))
             drop_whole(group)
+        untouched = all(group.get("steps") == 0 for group in self.param_groups)  # torch's say nothing
         steps = max(self._steps(), checkpoint.steps_of(self))  # torch keeps our count and does not advance it
         for group in self.param_groups:
             group["steps"] = steps
-        ema_state.find_placeholders(self)
+        ema_state.find_placeholders(self, untouched and steps == 0)
 
     def _steps(self) -> int:
         return max((group.get("steps", 0) for group in self.param_groups), default=0)
@@ -212,7 +213,6 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         return not distributed.Parts(params, self.defaults["sharded"]).total(count)
 
     # ---- masks, averages, reports ---------------------------------------------------------------
-
 
     def statistics(self) -> Mapping[str, float]:
         """The sums of the last step: grad_norm, param_norm, update_norm, zeros, nonfinite.

@@ -520,3 +520,21 @@ def test_masks_that_were_written_into_the_state_as_booleans_are_saved_again():
     opt.state[p] = dict(saved["state"][0])
     again = opt.state_dict()["state"][0]
     assert again.keys() == saved["state"][0].keys() and torch.equal(again["mask_keep"], saved["state"][0]["mask_keep"])
+
+
+@pytest.mark.parametrize("how", ("file", "deepcopy", "pickle"))
+def test_what_was_made_before_the_first_step_is_still_without_a_value(how, backend):
+    """A mask makes the whole state; the first momentum buffer is the gradient undamped all the same."""
+    options = {"lr": 1.0, "momentum": 0.9, "dampening": 0.25, "backend": backend}
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = fuseopt.SGD([p], **options)
+    opt.mask(p, torch.tensor([True, True, False]))
+    if how == "file":
+        other = fuseopt.SGD([p], **options)
+        other.load_state_dict(through_disk(opt.state_dict()))
+    else:
+        other = copy.deepcopy(opt) if how == "deepcopy" else pickle.loads(pickle.dumps(opt))
+        (p,) = other.param_groups[0]["params"]
+    p.grad = torch.ones(3)
+    other.step()
+    assert p.tolist() == [-1, -1, 0]
