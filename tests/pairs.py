@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from cases import BF16, F32, F64, Snapshot, like, parameters, synchronise
 from torch import Tensor
+from torch.nn import Parameter
 
 import fuseopt
 from fuseopt import EMA, Prune
@@ -18,7 +19,7 @@ SHAPES = ((64, 64), (33, 31), (37,), (129, 129))  # whole vectors; tails; a para
 SCALE = 8.0  # a power of two: unscaling is exact
 CLIP = 80.0  # the gradients' norm is about 210
 THRESHOLD = {F32: 0.5, BF16: 0.5 + 2**-9}  # between two bf16 numbers, so that rounding cannot decide
-LIMITS = {"begin": 2, "end": 4, "every": 2}  # of a schedule: it selects at steps 2 and 4
+LIMITS = {"begin": 2, "end": 4, "every": 1}  # of a schedule: at step 2 its sparsity is still 0
 # A large eps: where decay nearly cancels a gradient, Adam would divide a rounding error by a small one.
 ADAM = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 0.05, "weight_decay": 0.1}
 SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}
@@ -39,6 +40,8 @@ class Setup:
     prunes: list[Prune] = field(default_factory=list)  # two: one for every second parameter each
     averages: list[EMA] = field(default_factory=list)
     masks: dict[str, Callable] = field(default_factory=dict)  # by option; two: each for every second parameter
+    spread: float = 1.0  # of the weights at the start
+    jump: int | None = None  # the step from which on the learning rate is 20 times as large
     scale: float = 1.0
     skip: int | None = None  # the step before which one is skipped
     save: int | None = None  # the step after which the run is saved and loaded
@@ -72,7 +75,7 @@ class Run:
 
     def __init__(self, setup: Setup, rule: str = "adamw", backend: str | None = None):
         self.setup, (self.cls, self.options), self.backend = setup, RULES[rule], backend
-        self.params = parameters(SHAPES, setup.dtype)
+        self.params = [Parameter(p.detach() * setup.spread) for p in parameters(SHAPES, setup.dtype)]
         self.opt = self.build(self.params, backend=backend)
         copies = like(self.params, F64)
         self.oracle = self.build(copies, backend="torch")
@@ -87,6 +90,9 @@ class Run:
         self.grads = [gradient(p, k, self.t) for k, p in enumerate(self.params)]
         if self.setup.skip == self.t:
             self.skipped()
+        for opt in filter(None, (self.opt, self.oracle, self.resumed)):
+            for group in opt.param_groups:
+                group["lr"] *= 20 if self.setup.jump == self.t else 1
         synchronise(self.oracle, self.opt)
         self.before = copied(self.params, self.opt)
         for opt in filter(None, (self.opt, self.oracle, self.resumed)):
@@ -184,7 +190,7 @@ class Run:
 def copied(params: list, opt) -> tuple:
     """Copies of an optimizer and its parameters, which also know what in the state holds no value yet."""
     twins, twin = copy.deepcopy((params, opt))
-    twin._placeholders = {twins[index(params, p)]: set(keys) for p, keys in opt._placeholders.items()}
+    twin._placeholders = {key: {twins[index(params, p)] for p in of} for key, of in opt._placeholders.items()}
     return twins, twin
 
 
