@@ -217,7 +217,9 @@ def pruning_holds(run: Run) -> None:
         if selects(prune, run.t):
             gone = choose(prune)(prune, run.t, weights, gone, held)
         if prune["threshold"] is not None and run.t >= prune["begin"]:
-            gone = [g | ((w.float().abs() < prune["threshold"]) & ~h) for g, w, h in zip(gone, weights, held, strict=True)]
+            gone = [
+                g | ((w.float().abs() < prune["threshold"]) & ~h) for g, w, h in zip(gone, weights, held, strict=True)
+            ]
         told.update(zip(wide, gone, strict=True))
         if run.t >= (prune["end"] or prune["begin"]):
             assert sum(int(g.sum()) for g in gone) > 0, "nothing was pruned"
@@ -394,8 +396,8 @@ def added(run: Run, twin, expected: Callable) -> None:
         assert_close(difference, c * expected(p.detach().double())[may], WITHIN[run.setup.dtype], f"step {run.t}")
 
 
-# Absolute, of the difference of two numbers up to 8 that were stored rounded.
-WITHIN = {F32: (0.0, 8 * 2**-23), BF16: (0.0, 8 * 2**-8)}
+# Absolute, of the difference of two numbers that were stored rounded: up to 16 in fp32, up to 8 in bf16.
+WITHIN = {F32: (0.0, 16 * 2**-23), BF16: (0.0, 8 * 2**-8)}
 
 
 def decoupled(run: Run) -> bool:
@@ -468,8 +470,10 @@ class L1:
         if not decoupled(run):
             return added(run, twin, lambda p: 0.3 * p.sign())
         for _, _, _, _, q, r, may in moved(run, twin):
-            shrunk = (r.detach().float().abs() - torch.tensor(run.opt.param_groups[0]["lr"] * 0.3)).clamp(min=0) * r.sign()
-            bound = (0.0, 0.0) if run.setup.dtype is F32 else (2**-7, 1e-4)
+            shrunk = (r.detach().float().abs() - torch.tensor(run.opt.param_groups[0]["lr"] * 0.3)).clamp(
+                min=0
+            ) * r.sign()
+            bound = (0.0, 0.0) if run.setup.dtype is F32 else (2**-7, 4e-4)
             assert_close(q[may], shrunk[may], bound, f"step {run.t}")
 
 

@@ -22,7 +22,9 @@ from fuseopt.stages import mask as masks
 STATEMENTS: dict[str, Callable] = {}
 RULES = (
     lambda groups, **more: fuseopt.AdamW(groups, **{"lr": 0.01, "weight_decay": 0.1, **more}),
-    lambda groups, **more: fuseopt.SGD(groups, **{"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1, **more}),
+    lambda groups, **more: fuseopt.SGD(
+        groups, **{"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1, **more}
+    ),
 )
 EVEN = torch.arange(8) % 2 == 0  # columns that the masks here keep
 
@@ -58,8 +60,12 @@ def step(opt, p: Tensor, grad: Tensor) -> None:
 
 def options_of(pair) -> dict:
     """The pruning and the averages of a pair as keyword options; its pruning acts at steps 1 and 2."""
-    acts = {"prune sparsity": Prune(0.5, begin=1, end=2), "prune threshold": Prune(threshold=0.4),
-            "prune n:m": Prune(pattern="2:4", begin=1, end=2), "prune rows": Prune(0.5, pattern="rows", begin=1, end=2)}
+    acts = {
+        "prune sparsity": Prune(0.5, begin=1, end=2),
+        "prune threshold": Prune(threshold=0.4),
+        "prune n:m": Prune(pattern="2:4", begin=1, end=2),
+        "prune rows": Prune(0.5, pattern="rows", begin=1, end=2),
+    }
     prune = next((acts[name] for name in pair if name in acts), None)
     if "regrow" in pair:
         prune = replace(prune or acts["prune sparsity"], regrow=True)
@@ -373,11 +379,21 @@ def one_way_of_pruning(pair):
     one, two = ({k: v for k, v in vars(options_of([name])["prune"]).items() if v is not None} for name in pair)
     if "prune rows" not in pair or "prune threshold" in pair:
         with pytest.raises(ValueError, match="Invalid Prune"):
-            Prune(**{**one, **two, "begin": 1, "end": None, "pattern": max(one["pattern"], two["pattern"], key=is_special)})
+            Prune(
+                **{
+                    **one,
+                    **two,
+                    "begin": 1,
+                    "end": None,
+                    "pattern": max(one["pattern"], two["pattern"], key=is_special),
+                }
+            )
     for make in RULES:
         params = [weights(1), weights(2)]
         alone = [weights(1), weights(2)]
-        opt = make([{"params": [p], "prune": options_of([name])["prune"]} for p, name in zip(params, pair, strict=True)])
+        opt = make(
+            [{"params": [p], "prune": options_of([name])["prune"]} for p, name in zip(params, pair, strict=True)]
+        )
         each = [make([p], **options_of([name])) for p, name in zip(alone, pair, strict=True)]
         for t in (1, 2):
             for p, q, other in zip(params, alone, each, strict=True):
@@ -633,7 +649,10 @@ def skipped_and_averaged(pair):
 # ---- arithmetic -------------------------------------------------------------------------------------
 
 
-@says("The gradient is clipped first: coupled decay is added after, unclipped.", "The gradient is clipped first: coupled L1 is added after, unclipped.")
+@says(
+    "The gradient is clipped first: coupled decay is added after, unclipped.",
+    "The gradient is clipped first: coupled L1 is added after, unclipped.",
+)
 def clipped_first(pair):
     name, of = ("l1", torch.sign) if "l1" in pair else ("weight_decay", lambda p: p)
     p = weights()

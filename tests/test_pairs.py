@@ -22,8 +22,11 @@ def read_table() -> dict[tuple[str, str], str]:
     columns = [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     names = {number: name for number, name in (row[0].split(" ", 1) for row in rows)}
-    cells = ((row[0].split(" ", 1)[1], names[column], cell)
-             for row in rows for column, cell in zip(columns, row[1:], strict=True))
+    cells = (
+        (row[0].split(" ", 1)[1], names[column], cell)
+        for row in rows
+        for column, cell in zip(columns, row[1:], strict=True)
+    )
     return {(one, other): cell for one, other, cell in cells if cell}
 
 
@@ -83,7 +86,9 @@ def test_the_table_has_a_cell_for_every_pair_and_a_test_for_every_sentence():
 
 def test_the_options_are_those_that_the_page_explains():
     """Same names, numbers and order in the list of options as in the table."""
-    listed = re.findall(r"^\| (\d+) \| ([\w:, ]+?) \| `", PAGE.split("## The options")[1].split("## Every pair")[0], re.MULTILINE)
+    listed = re.findall(
+        r"^\| (\d+) \| ([\w:, ]+?) \| `", PAGE.split("## The options")[1].split("## Every pair")[0], re.MULTILINE
+    )
     assert listed == [(str(k), name) for k, name in enumerate(OPTIONS, 1)]
     tabled = re.findall(r"^\| (\d+) ([\w:, ]+?) \|", PAGE.split("## Every pair")[1], re.MULTILINE)
     assert tabled == listed
