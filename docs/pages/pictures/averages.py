@@ -1,4 +1,4 @@
-"""What each schedule of an average weighs, and what averaging does to a noisy loss. Writes averages.png beside this file.
+"""What each schedule of an average weighs, and the loss of averages under noise. Writes averages.png beside it.
 
 python docs/pages/pictures/averages.py [--quick] [--out FILE]
 """
