@@ -475,8 +475,8 @@ def average_comes_back(pair):
         step(opt, p, torch.tensor([-4.0, 1.0]).repeat_interleave(4)[:, None].expand(8, 8))
         back, average = p.detach()[:4].float(), opt.state[p]["ema_0"][:4].float()
         assert (back > 0).all() and not p[4:].any()
-        ema = options_of(pair)["ema"][0]
-        share = 1 - (min(0.9, 1 - 5 ** (-2 / 3)) if ema.warmup == "timm" else ema.decay)
+        kind = OPTIONS[next(name for name in pair if name.startswith("EMA"))]
+        share = kind.weight(kind.update(5))
         torch.testing.assert_close(average, share * back, rtol=2**-8, atol=0)
 
 
