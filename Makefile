@@ -1,4 +1,4 @@
-# From a fresh clone:  make demo | make test | make bench
+# From a fresh clone:  make demo | make test | make bench | make docs
 # Each makes .venv, installs what is needed, builds the native module and runs. Stamps in .venv see to it
 # that a second call repeats no step whose inputs did not change.
 #
@@ -25,11 +25,12 @@ CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 FIND_TORCH := from importlib import metadata as m; d = m.distribution("torch"); v = d.version; \
   tuple(map(int, v.split(".")[:2])) >= (2, 6) and print(v, d.locate_file(""))
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test bench docs clean
 help:
 	@echo 'make demo    fine-tune a small pretrained model with fused, verified optimizers; results in runs/demo'
 	@echo 'make test    run the tests'
 	@echo 'make bench   measure a step against torch; results as JSON'
+	@echo 'make docs    build the pages under docs/ into build/site'
 	@echo 'make clean   remove what the others made, except runs/'
 
 demo: $(VENV)/built
@@ -40,6 +41,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(RUN) bench/step.py $(ARGS)
+
+docs: $(VENV)/built
+	$(RUN) -m mkdocs build --quiet --strict -f docs/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fuseopt/_C*.so .pytest_cache .benchmarks .hypothesis .ruff_cache

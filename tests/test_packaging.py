@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "Makefile", "constraints.txt"]
-FOLDERS = ["csrc", "kernels", "fuseopt", "tests", "bench", "examples", ".ci"]
+FOLDERS = ["csrc", "kernels", "fuseopt", "tests", "bench", "examples", "docs", ".ci"]
 GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc", "*.egg-info", ".*_cache")
 
 NO_COMPILER = {
@@ -96,7 +96,7 @@ def test_metadata(bare):
     assert meta["Name"] == "fuseopt" and meta["Requires-Python"] == ">=3.10"
     needs = meta.get_all("Requires-Dist")
     assert {n for n in needs if "extra ==" not in n} == {"torch>=2.6", "numpy"}
-    assert set(meta.get_all("Provides-Extra")) == {"finetune", "integrations", "examples", "test"}
+    assert set(meta.get_all("Provides-Extra")) == {"finetune", "integrations", "examples", "docs", "test"}
     assert "fuseopt = fuseopt.__main__:main" in (info / "entry_points.txt").read_text()
 
 

@@ -1,0 +1,64 @@
+"""The pages under docs/: they build without a warning, their Python runs, their pictures can be made again."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
+PICTURES = sorted((ROOT / "docs" / "pages" / "pictures").glob("*.py"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+def test_the_pages_build_in_strict_mode(tmp_path):
+    """Strict: a broken link between pages, a missing picture or a page outside the navigation is an error."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / "docs" / "mkdocs.yml", "-d", tmp_path]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    for page in PAGES:
+        built = tmp_path / ("index.html" if page.stem == "index" else f"{page.stem}/index.html")
+        assert built.exists(), f"{page.name} was not built"
+    assert all((tmp_path / "pictures" / f"{script.stem}.png").exists() for script in PICTURES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=stem)
+def test_the_code_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
+    """The blocks of a page share their names, as they would for a reader who types them in."""
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    names: dict = {"__name__": "__main__"}
+    for found in BLOCK.finditer(text):
+        line = text.count("\n", 0, found.start(1))
+        exec(compile("\n" * line + found[1], str(page), "exec"), names)  # a traceback shows the page's line
+
+
+def test_every_page_that_teaches_shows_code():
+    for page in PAGES:
+        assert len(BLOCK.findall(page.read_text())) >= 1, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=stem)
+def test_every_file_named_exists(page):
+    for name in re.findall(r"`((?:csrc|fuseopt|bench|tests|docs|examples)/[\w./-]+)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("script", PICTURES, ids=stem)
+def test_each_picture_can_be_made_again(script, tmp_path):
+    pytest.importorskip("matplotlib")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    command = [sys.executable, script, "--quick", "--out", tmp_path / "picture.png"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert script.with_suffix(".png").exists(), "the picture in the page was not committed"
+    assert any(f"pictures/{script.stem}.png" in page.read_text() for page in PAGES), "no page shows it"
