@@ -28,7 +28,7 @@ from measure import Settings, run_case
 from variants import CASES, SHAPES, Case
 
 import fuseopt
-from fuseopt import backends
+from fuseopt import cpu as compiled
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,7 +88,7 @@ def git(*words: str) -> str:
 def circumstances(args: argparse.Namespace) -> dict:
     """Everything about a run but its numbers."""
     changed = git("status", "--porcelain", "--untracked-files=no")
-    native = backends.native_error()
+    native = compiled.native_error()
     return {
         "command": shlex.join(["python", "bench/step.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -97,7 +97,7 @@ def circumstances(args: argparse.Namespace) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fuseopt": fuseopt.__version__,
-        "instruction_set": backends._native.instruction_set()
+        "instruction_set": compiled.native.instruction_set()
         if native is None
         else f"not compiled: {native}",
         "commit": git("rev-parse", "--short", "HEAD") or "no commit",

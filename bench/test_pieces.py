@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fuseopt
-from fuseopt import backends, rules, schema
+from fuseopt import cpu, rules, schema
 
 ROWS, COLUMNS = 1024, 1024
 STEPS = 3  # that are compared
@@ -130,7 +130,7 @@ def verify(piece: Piece, opt, p: torch.nn.Parameter) -> None:
         assert not torch.equal(p.detach(), start), "nothing moved"
 
 
-@pytest.mark.skipif(backends.native_error() is not None, reason=str(backends.native_error()))
+@pytest.mark.skipif(cpu.native_error() is not None, reason=str(cpu.native_error()))
 @pytest.mark.parametrize("piece", [*plain(), *stages(), SELECTION], ids=lambda piece: piece.name)
 def test_piece(piece: Piece, benchmark):
     opt, p = build(piece, None)

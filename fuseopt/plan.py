@@ -138,6 +138,11 @@ def fills_placeholder(opt, gs: GroupStep, p: Tensor) -> bool:
     return any(is_placeholder(opt, p, key) for key in gs.slots + gs.due)
 
 
+def stepped(step: Step) -> list[tuple[GroupStep, Tensor]]:
+    """The parameters that have a gradient, in order."""
+    return [(gs, p) for gs in step.groups for p in gs.group["params"] if getattr(p, "grad", None) is not None]
+
+
 @dataclass
 class Prepared:
     """What a parameter needed before its step could run."""

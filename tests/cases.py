@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fuseopt
-from fuseopt import EMA, Prune, backends
+from fuseopt import EMA, Prune, cpu
 
 STEPS = 3
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
-BACKENDS = ("cpu", "torch") if backends.native_error() is None else ("torch",)
+BACKENDS = ("cpu", "torch") if cpu.native_error() is None else ("torch",)
 
 # ---- rules: every hyper-parameter is non-zero somewhere ---------------------------------------------
 

@@ -8,28 +8,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import pytest
 import torch
 
-from fuseopt import backends, torch_abi, torch_layout
+from fuseopt import cpu, torch_abi, torch_layout
 
 
 @pytest.fixture(params=("cpu", "torch"))
 def backend(request):
     """Each backend in turn."""
-    if request.param == "cpu" and backends.native_error():
-        pytest.skip(backends.native_error())
+    if request.param == "cpu" and cpu.native_error():
+        pytest.skip(cpu.native_error())
     return request.param
 
 
 @pytest.fixture
 def native():
     """The compiled module; its instruction set, its reader and torch's threads are put back afterwards."""
-    if backends.native_error():
-        pytest.skip(backends.native_error())
+    if cpu.native_error():
+        pytest.skip(cpu.native_error())
     from fuseopt import _C
 
     chosen, threads = _C.instruction_set(), torch.get_num_threads()
     yield _C
     _C.set_instruction_set(chosen)
-    backends.connect(_C, *torch_abi.find(), torch_layout.find())
+    cpu.connect(_C, *torch_abi.find(), torch_layout.find())
     torch.set_num_threads(threads)
 
 

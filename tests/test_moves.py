@@ -15,7 +15,7 @@ from test_readers import READERS
 from torch.nn import Parameter
 
 import fuseopt
-from fuseopt import Prune, backends
+from fuseopt import Prune, cpu
 
 SHAPES = [(4, 4), (4, 8), (16,), (2, 4, 2)]  # the second one moves; whole vectors, as torch rounds the rest another way
 
@@ -220,7 +220,7 @@ def move_both(move, pairs) -> list:
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("move", MOVES, ids=lambda m: m.__name__)
 def test_every_way_to_move(move, reader, how, native):
-    backends.connect(native, *READERS[reader]())
+    cpu.connect(native, *READERS[reader]())
     ours, torchs = parameters(SHAPES), parameters(SHAPES)
     a = fuseopt.AdamW(ours, lr=0.1, weight_decay=0.1, backend="cpu")
     b = torch.optim.AdamW(torchs, lr=0.1, weight_decay=0.1, fused=True)
@@ -244,7 +244,7 @@ def test_every_way_to_move(move, reader, how, native):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_masks_and_pruned_bits_appear_between_steps(reader, native):
-    backends.connect(native, *READERS[reader]())
+    cpu.connect(native, *READERS[reader]())
     params = parameters(SHAPES)
     opt = fuseopt.AdamW(params, lr=0.1, prune=Prune(0.5, begin=5), backend="cpu")
     keep = torch.zeros(4, 8, dtype=torch.bool)

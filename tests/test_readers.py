@@ -19,7 +19,7 @@ from cases import (
 )
 
 import fuseopt
-from fuseopt import backends, plan, torch_abi, torch_layout
+from fuseopt import cpu, plan, torch_abi, torch_layout
 
 
 class Wrapped(torch.Tensor):
@@ -47,7 +47,7 @@ def test_all_readers_give_the_same_bits(rule, native, monkeypatch):
     describe = torch_abi.describe
     monkeypatch.setattr(torch_abi, "describe", lambda t: (calls.append(t), describe(t))[1])
     for reader in READERS.values():
-        backends.connect(native, *reader())
+        cpu.connect(native, *reader())
         params = parameters(shapes)
         params[4] = torch.nn.Parameter(params[4].detach().contiguous(memory_format=torch.channels_last))
         results.append(run(STAGE["everything"].build(rule, params, F32, backend="cpu"), params))
@@ -66,7 +66,7 @@ def test_the_fast_reader_is_used(reader, native, monkeypatch):
         raise AssertionError("read through Python")
 
     monkeypatch.setattr(torch_abi, "describe", describe)
-    backends.connect(native, functions if reader == "functions" else [0] * len(functions), offset, layout)
+    cpu.connect(native, functions if reader == "functions" else [0] * len(functions), offset, layout)
     (p,) = parameters([(5,)])  # read by functions at address 0 it would crash
     run(fuseopt.AdamW([p], backend="cpu"), [p], 2)
     assert all_params(fuseopt.AdamW([p]))
@@ -75,7 +75,7 @@ def test_the_fast_reader_is_used(reader, native, monkeypatch):
 @pytest.mark.parametrize("reader", READERS)
 def test_the_readers_refuse_alike(reader, native):
     """Integers, other devices, sparse and complex tensors: an error either way, not a wrong address."""
-    backends.connect(native, *READERS[reader]())
+    cpu.connect(native, *READERS[reader]())
     for p in (
         torch.ones(3, dtype=torch.complex64),
         torch.ones(3, dtype=torch.int64),
@@ -97,7 +97,7 @@ def test_the_readers_refuse_alike(reader, native):
 @pytest.mark.parametrize("which", ("parameter", "gradient", "exp_avg"))
 def test_freed_storage_is_refused(which, reader, native):
     """FSDP frees the storage of what it does not need; there is nothing to step."""
-    backends.connect(native, *READERS[reader]())
+    cpu.connect(native, *READERS[reader]())
     params = parameters([(3, 5), (4, 6)])
     opt = fuseopt.AdamW([(f"w{k}", p) for k, p in enumerate(params)], lr=0.1, backend="cpu")
     run(opt, params, 1)
@@ -134,13 +134,13 @@ def test_inference_tensors_have_no_version(native):
 @pytest.mark.parametrize("reader", READERS)
 def test_gradients_are_held_until_the_pass_is_over(reader, native):
     """The pass runs without the interpreter's lock, so another thread may drop a gradient meanwhile."""
-    backends.connect(native, *READERS[reader]())
+    cpu.connect(native, *READERS[reader]())
     p = torch.nn.Parameter(torch.zeros(1000))
     opt = fuseopt.SGD([p], lr=1.0)
     (p * 3).sum().backward()
     (group,) = plan.Step(opt, 1, 1.0).groups
     table = native.TensorTable()
-    assert not table.gather([backends._spec(group, [p], (), (), ())], opt.state, {}, 1.0)
+    assert not table.gather([cpu.spec(group, [p], (), (), ())], opt.state, {}, 1.0)
     p.grad = None
     taken = [torch.full((1000,), 9.0) for _ in range(8)]
     table.run(-1.0, False)
@@ -152,7 +152,7 @@ def test_versions_are_bumped_without_torchs_function(native, monkeypatch):
     """Its name is not part of torch's C interface; where it is missing, Python bumps."""
     _, *rest = torch_abi.more_functions()
     monkeypatch.setattr(torch_abi, "more_functions", lambda: [0, *rest])
-    backends.connect(native, *READERS["raw"]())
+    cpu.connect(native, *READERS["raw"]())
     p, q = parameters([(16,), (16,)])
     opt = fuseopt.SGD([p, q], lr=1.0)
     p.grad = torch.ones(16)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fuseopt
-from fuseopt import backends, verify
+from fuseopt import cpu, verify
 
-BACKENDS = ["torch"] + (["cpu"] if backends.native_error() is None else [])
+BACKENDS = ["torch"] + (["cpu"] if cpu.native_error() is None else [])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(33, 17), (17,), (4, 3, 3, 3), ()]
 LR = 1e-2

@@ -1,0 +1,155 @@
+"""The compiled module: how it is loaded, the table of live tensors that it steps, and its ranking of weights."""
+
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import distributed, patterns, plan, schema, select, torch_abi, torch_layout
+from .checks import in_layout_of
+from .stages import mask
+
+increment_version = torch._C._increment_version  # torch.autograd.graph's without its Python, for at_once
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled module, or None and why it is missing. torch comes first: they share its OpenMP pool."""
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, f"the compiled module fuseopt._C is missing ({error}); install a C++ compiler, then fuseopt again"
+    connect(_C, *torch_abi.find(), torch_layout.find())
+    return _C, None
+
+
+def connect(module: ModuleType, functions: list[int], handle_offset: int, layout: list[int]) -> None:
+    """Tell the compiled module how to read tensors: by layout, by torch's C functions, or through Python."""
+    module.set_torch(torch.Tensor, torch.nn.Parameter, torch_abi.describe, functions, handle_offset)
+    module.set_layout(torch.Tensor, torch.nn.Parameter, handle_offset, layout, torch_abi.more_functions())
+
+
+native, why_not = _load()
+
+
+def native_error() -> str | None:
+    """Why the compiled module is not there; None if it is."""
+    return why_not
+
+
+def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple, emas: tuple) -> tuple:
+    """A group as csrc/tensor_table.cpp reads it."""
+    return (
+        params if isinstance(params, list) else list(params),
+        schema.RULES.index(gs.kernel),
+        slots,
+        counters,
+        emas,
+        gs.hyper,
+        tuple(gs.stage[name] for name in schema.STAGE_SCALARS),
+        gs.group["max_grad_norm"] or 0.0,
+    )
+
+
+def gather(opt, step: plan.Step, replaced: dict) -> tuple:
+    """(table, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says.
+
+    The step has it to itself until `put_back`: the interpreter's lock is open while it runs, and another thread
+    may step the same optimizer.
+    """
+    table = opt.__dict__.pop("_table", None)
+    if table is None:
+        table = native.TensorTable()
+    specs = [spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages()) for gs in step.groups]
+    return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale)
+
+
+def put_back(opt, table) -> None:
+    """Let go of what the step read, and keep the table's memory for the next step."""
+    table.release()
+    opt._table = table
+
+
+def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], norm: float) -> list:
+    """The rows of table.run, one parameter after the other: the copy of one with gaps must be made when those that
+    share its memory and come before it have been stepped."""
+    rows, table = [], native.TensorTable()
+    for gs, p in plan.stepped(step):
+        here = distributed.local(p)
+        made, copy = prepared.get(p), in_layout_of(here, here)
+        replaced = {} if made is None else {p: (made.grad, made.fresh, copy)}
+        one = spec(gs, [p], gs.slots, gs.counters, gs.averages())
+        if table.gather([one], opt.state, replaced, step.inv_grad_scale):
+            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+        rows += table.run(norm, opt.defaults["statistics"])
+        table.mark_written(increment_version)
+        if copy is not here:
+            here.copy_(copy)
+    table.release()
+    return rows
+
+
+def total(opt, table, rows: list, width: int) -> list[float]:
+    """Sums of the columns, over all processes that share the parameters."""
+    if table.sharded or opt.defaults["sharded"]:
+        return distributed.total(opt, table.params(), rows, width)
+    return [sum(column) for column in zip((0.0,) * width, *rows, strict=True)]
+
+
+def norm(opt, table) -> float:
+    """The gradient's norm where processes must find it together; otherwise -1, and the table finds it by itself."""
+    shared = table.sharded or opt.defaults["sharded"]
+    if shared and any(group["max_grad_norm"] for group in opt.param_groups):
+        return math.sqrt(total(opt, table, table.squares(), 1)[0])
+    return -1.0
+
+
+class Ranker:
+    """select.Ranker by compiled loops over a table of the members.
+
+    They take ties in the order of memory. Where that is not row-major and only some of a member's ties go, torch
+    prunes that member.
+    """
+
+    def __init__(self, opt, members: select.Members):
+        specs, grads = [], {}
+        for gs, p in members:  # a parameter may have no gradient, or no state yet
+            mask.into_memory_order(opt.state[p], p)
+            has = opt.state[p].__contains__
+            emas = tuple((key, 0.0, key in gs.narrow, True) for key in gs.emas if has(key))
+            specs.append(spec(gs, [p], tuple(filter(has, gs.slots)), (), emas))
+            grads[p] = (p, False, None)
+        self.opt, self.members, self.table = opt, members, native.TensorTable()
+        if self.table.gather(specs, opt.state, grads, 1.0):
+            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+
+    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
+        counts = torch.zeros(1 << width, dtype=torch.int64)
+        self.table.histogram(prefix, shift, width, counts.data_ptr())
+        return counts
+
+    def ties(self, kth: int) -> Tensor:
+        counts = torch.zeros(len(self.members), dtype=torch.int64)
+        self.table.ties(kth, counts.data_ptr())
+        return counts
+
+    def prune(self, kth: int, quotas: Tensor) -> None:
+        shared = quotas.numel() < len(self.members)
+        if not all(distributed.local(p).is_contiguous() for _, p in self.members):
+            ties = self.ties(kth)
+            quotas = select.share(quotas, ties) if shared else quotas
+            shared = False
+            for k in ((quotas > 0) & (quotas < ties)).nonzero().flatten().tolist():  # one at most, as a rule
+                select.TorchRanker(self.opt, self.members[k : k + 1]).prune(kth, quotas[k : k + 1])
+                quotas[k] = 0
+        self.table.prune(kth, quotas.contiguous().data_ptr(), shared)
+
+    def prune_n_m(self, n: int, m: int) -> None:
+        here = distributed.local(self.members[0][1])
+        self.table.prune_n_m(n, m, here.shape[1], here.stride(1))
+
+
+def ranker(opt, members: select.Members) -> select.Ranker:
+    """Parameters whose memory has gaps are ranked by torch."""
+    here = [distributed.local(p) for _, p in members]
+    return (Ranker if all(in_layout_of(p, p) is p for p in here) else patterns.TorchRanker)(opt, members)
