@@ -45,7 +45,6 @@ class Prune:
     """
 
     sparsity: float | None = None
-    threshold: float | None = None
     pattern: str = "unstructured"
     scope: str = "global"
     schedule: str = "cubic"
@@ -54,6 +53,7 @@ class Prune:
     every: int = 1
     regrow: bool = False
     moments: str = "zero"
+    threshold: float | None = None
 
     def __post_init__(self):
         self._check_pattern()
