@@ -4,8 +4,8 @@
     python bench/prune.py --elements 1e7 --cases global-fp32
 
 A round takes each side once, from the same weights: an SGD step (torch's fused=True) with lr 0, so that both sides
-rank the same values, and with it the pruning of a dense model to 80%. What was pruned is compared first. Memory is
-the growth of the process's peak.
+rank the same values, and with it the pruning of a dense model to 80% (or 2:4). What was pruned is compared first.
+Memory is the growth of the process's peak.
 """
 
 import argparse
@@ -50,10 +50,25 @@ def each_alone(modules: list[nn.Module]) -> None:
         torch_prune.l1_unstructured(m, "weight", SPARSITY)
 
 
+def rows(modules: list[nn.Module]) -> None:
+    for m in modules:
+        torch_prune.ln_structured(m, "weight", SPARSITY, n=2, dim=0)
+
+
+def two_of_four(modules: list[nn.Module]) -> None:
+    for m in modules:
+        groups = m.weight.detach().abs().view(-1, 4)
+        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.topk(2, dim=1).indices, True)
+        torch_prune.custom_from_mask(m, "weight", keep.view_as(m.weight))
+
+
 CASES = {
     "global-fp32": Case(torch.float32, fuseopt.Prune(SPARSITY, begin=2), globally),
     "global-bf16": Case(torch.bfloat16, fuseopt.Prune(SPARSITY, begin=2), globally),
     "tensor-fp32": Case(torch.float32, fuseopt.Prune(SPARSITY, begin=2, scope="tensor"), each_alone),
+    "rows-fp32": Case(torch.float32, fuseopt.Prune(SPARSITY, "rows", "tensor", begin=2), rows),
+    "2:4-fp32": Case(torch.float32, fuseopt.Prune(pattern="2:4", begin=2), two_of_four),
+    "2:4-bf16": Case(torch.bfloat16, fuseopt.Prune(pattern="2:4", begin=2), two_of_four),
 }
 
 
@@ -97,16 +112,22 @@ class Side:
 def problem(ours: Side, theirs: Side) -> str | None:
     """What is wrong with the result; None if both pruned equally many, the same up to ties."""
     ours.run(), theirs.run()
-    count, others = 0, []
+    options, count, others = ours.case.options, 0, []
     for k in range(len(ours.modules)):
         a, b = ours.zeros(k), theirs.zeros(k)
         count += int(a.sum()) - int(b.sum())
-        others.append(theirs.start[k][a != b].abs().unique())
+        magnitude = ours.start[k].abs()
+        if options.pattern == "2:4":
+            kept = [(magnitude * ~zeros).view(-1, 4).sort(1).values for zeros in (a, b)]
+            others.append(magnitude.view(-1, 4)[(kept[0] != kept[1]).any(1)])
+        else:
+            others.append(magnitude[a != b].unique())
     if count:
         return f"pruned {count} weights more than torch"
-    if ours.case.options.scope == "global":
+    if options.scope == "global" and options.pattern == "unstructured":
         others = [torch.cat(others).unique()]
-    return "pruned others than torch, which are no ties" if max(map(len, others)) > 1 else None
+    most = 0 if options.pattern == "2:4" else 1  # one value may tie
+    return "pruned others than torch, which are no ties" if max(map(len, others)) > most else None
 
 
 def extra_memory(side: Side) -> int | None:

@@ -15,7 +15,7 @@ from .distributed import indices, is_dtensor, local
 from .stages import mask
 from .stages.prune import parse_n_m
 
-CHUNK = 1 << 20  # entries that are widened at once
+CHUNK = 1 << 18  # entries that are widened at once: what fits the cache
 
 
 def held(opt, gs: plan.GroupStep, p: Tensor) -> tuple[Tensor, Tensor]:
