@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import pickle
+import warnings
 from dataclasses import asdict
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -488,8 +489,26 @@ def test_the_model_of_averaged_buffers_is_not_kept_alive(backend):
     values = copy.deepcopy(opt.param_groups[0]["ema_buffers"])
     del model
     assert gone() is None
-    run(opt, params, 1)
+    with pytest.warns(UserWarning, match=r"stand still.*average_buffers\(model\)"):
+        run(opt, params, 1)
     assert same_buffers(opt.param_groups[0]["ema_buffers"], values)
+
+
+def test_resuming_without_the_model_of_averaged_buffers_warns(backend):
+    """Else later exports would pair new averages of weights with old statistics."""
+    model = network()
+    opt = fuseopt.AdamW(model.parameters(), ema=EMA(0.5), backend=backend)
+    opt.average_buffers(model)
+    train(model, opt, range(2))
+    other = copy.deepcopy(model)
+    second = fuseopt.AdamW(other.parameters(), ema=EMA(0.5), backend=backend)
+    second.load_state_dict(through_disk(opt.state_dict()))
+    with pytest.warns(UserWarning, match="stand still"):
+        train(other, second, range(2, 3))
+    second.average_buffers(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(other, second, range(3, 4))
 
 
 def test_wrong_buffers_change_nothing(backend):
