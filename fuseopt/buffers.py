@@ -5,6 +5,7 @@ Plain data in the first parameter group, which every checkpoint carries: group["
 buffers are is known to this process alone, by weak references.
 """
 
+import warnings
 import weakref
 from collections.abc import Iterable
 from itertools import repeat
@@ -90,9 +91,18 @@ def _complete(opt, now: dict[str, Tensor]) -> None:
 def updates(opt, step) -> list[Iterable]:
     """What a step does to the averages of buffers, as iterators for interrupts.at_once.
 
-    Raises ValueError, with nothing changed, if the buffers are not those that were averaged.
+    Raises ValueError, with nothing changed, if the buffers are not those that were averaged. Warns where averages
+    were kept and their model is gone or was not given after loading: they would be exported as they are.
     """
-    if not opt._tracked or not (now := opt._tracked[0].now()):
+    now = opt._tracked[0].now() if opt._tracked else {}
+    if not now:
+        if any(entry["values"] for entry in _entries(opt).values()):
+            warnings.warn(
+                "the averages of buffers stand still: the model whose buffers they are is not known, as after loading "
+                f"or copying; call average_buffers(model), or delete opt.param_groups[0][{KEY!r}] to leave them out",
+                UserWarning,
+                stacklevel=2,
+            )
         return []
     _check(opt, now)
     _complete(opt, now)

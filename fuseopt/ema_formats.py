@@ -95,8 +95,7 @@ def read(opt, state_dict: dict[str, Any], model: torch.nn.Module, k: int, update
         raise ValueError(f"updates={updates}, but the state_dict has had {count}; leave updates out")
     count = updates if count is None else count
     starts = [_start(group, group["ema"][k], count) for group in groups]
-    wanted = {p for group in groups for p in group["params"]}
-    pairs = [(p, found[id(target)]) for p, target in ema_state.targets(opt, model) if p in wanted]
+    pairs = [(p, found[id(target)]) for p, target in ema_state.targets(opt, model, k)]
     for p, value in pairs:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != p.shape:
             what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -47,12 +47,13 @@ def of(opt, k: int) -> list[tuple[Tensor, Tensor]]:
     return [(p, opt.state[p][f"ema_{k}"]) for p in params]
 
 
-def targets(opt, model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """(parameter of the optimizer, the parameter of model that it is), by identity or else by name.
+def targets(opt, model: torch.nn.Module, k: int) -> list[tuple[Tensor, Tensor]]:
+    """(parameter of the optimizer that keeps an average k, the parameter of model that it is).
 
-    Raises ValueError where the two do not match.
+    By identity or else by name. Groups without that average may be of another model. Raises ValueError where
+    optimizer and model do not match.
     """
-    params = [p for group in opt.param_groups for p in group["params"]]
+    params = [p for group in configured(opt, k) for p in group["params"]]
     drop_gathered()  # or the model would show us the gathered copies, which are lost when written
     own = {id(p) for p in model.parameters()}
     if all(id(p) in own for p in params):
@@ -61,9 +62,15 @@ def targets(opt, model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
     others = dict(model.named_parameters(remove_duplicate=False))
     matched = []
     for p in params:
-        if p not in names or names[p] not in others:
+        if p not in names:
             raise ValueError(
-                f"the model has no parameter {name_of(opt, p)}; build the optimizer from model.named_parameters()"
+                f"the model does not hold {name_of(opt, p)}, and there are no names to go by; give the trained model, "
+                "or build the optimizer from model.named_parameters()"
+            )
+        if names[p] not in others:
+            raise ValueError(
+                f"the model has no parameter {names[p]!r}; give the trained model or one of its kind, and put what it "
+                "does not hold in a group with ema=None"
             )
         target = others[names[p]]
         if target.shape != p.shape:
@@ -78,5 +85,5 @@ def match(opt, model: torch.nn.Module, k: int) -> list[tuple[Tensor, Tensor]]:
     The parameter itself where its average has no value yet. Raises ValueError where the two do not match.
     """
     averaged = dict(of(opt, k))
-    pairs = [(target, averaged.get(p, p)) for p, target in targets(opt, model)]
+    pairs = [(target, averaged.get(p, p)) for p, target in targets(opt, model, k)]
     return [(target, source) for target, source in pairs if target is not source]

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import plan, ranking
 from .checks import find, name_of
 from .distributed import aligned, is_dtensor, local, whole
-from .masks import Ranking
+from .masks import Ranking, new_rows, nonzero
 from .schema import compute_dtype
 from .stages import mask
 
@@ -126,6 +126,9 @@ def matching(opt, param: Tensor | str) -> list[tuple[Tensor, str]]:
 @torch.no_grad()
 def evaluated(keep: Tensor | Callable, p: Tensor, name: str) -> Tensor:
     """The mask that opt.mask was given, checked."""
+    if isinstance(keep, Ranking) or (isinstance(keep, type) and issubclass(keep, Ranking)):
+        kind = keep if isinstance(keep, type) else type(keep)
+        raise TypeError(f"mask of {name}: keep is {kind.__name__}; pass fn=fuseopt.masks.{kind.__name__}(0.1)")
     if callable(keep):
         keep = keep(p)
     mask.check_keep(p.shape, keep, name)
@@ -141,6 +144,8 @@ def check_dynamic(fn: Callable | Ranking, every: int | None) -> None:
     """Raise TypeError or ValueError for arguments that cannot recompute a mask."""
     if isinstance(fn, type) and issubclass(fn, Ranking):
         raise TypeError(f"Invalid fn: the class {fn.__name__}; give one of it, as fuseopt.masks.{fn.__name__}(0.1)")
+    if fn is nonzero or fn is new_rows:
+        raise TypeError(f"Invalid fn: fuseopt.masks.{fn.__name__}; it is a function of the parameter alone, for keep=")
     if not callable(fn) and not isinstance(fn, Ranking):
         raise TypeError(f"Invalid fn: {fn!r}; give a function fn(param, grad, state) or one of fuseopt.masks")
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):

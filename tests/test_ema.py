@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import io
 import pickle
+import warnings
 from dataclasses import asdict
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -488,8 +489,26 @@ def test_the_model_of_averaged_buffers_is_not_kept_alive(backend):
     values = copy.deepcopy(opt.param_groups[0]["ema_buffers"])
     del model
     assert gone() is None
-    run(opt, params, 1)
+    with pytest.warns(UserWarning, match=r"stand still.*average_buffers\(model\)"):
+        run(opt, params, 1)
     assert same_buffers(opt.param_groups[0]["ema_buffers"], values)
+
+
+def test_resuming_without_the_model_of_averaged_buffers_warns(backend):
+    """Else later exports would pair new averages of weights with old statistics."""
+    model = network()
+    opt = fuseopt.AdamW(model.parameters(), ema=EMA(0.5), backend=backend)
+    opt.average_buffers(model)
+    train(model, opt, range(2))
+    other = copy.deepcopy(model)
+    second = fuseopt.AdamW(other.parameters(), ema=EMA(0.5), backend=backend)
+    second.load_state_dict(through_disk(opt.state_dict()))
+    with pytest.warns(UserWarning, match="stand still"):
+        train(other, second, range(2, 3))
+    second.average_buffers(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(other, second, range(3, 4))
 
 
 def test_wrong_buffers_change_nothing(backend):
@@ -702,6 +721,30 @@ def test_tied_weights_and_parameters_that_are_not_trained(backend):
         second.load_ema_state_dict(opt.ema_state_dict(model, format=format), model)
         for _, p in trained:
             assert_same_bits(second.state[p]["ema_0"], opt.state[p]["ema_0"])
+
+
+def test_an_optimizer_of_two_models_of_which_one_is_averaged(backend):
+    """As diffusers' scripts train a denoiser and a text encoder together, with an average of the first alone."""
+    torch.manual_seed(0)
+    averaged, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    for named in (False, True):
+        first = list(averaged.named_parameters() if named else averaged.parameters())
+        second = [(f"other.{n}", p) for n, p in other.named_parameters()] if named else list(other.parameters())
+        groups = [{"params": first, "ema": EMA(0.5)}, {"params": second}]
+        opt = fuseopt.AdamW(groups, lr=0.1, backend=backend)
+        for _ in range(3):
+            opt.zero_grad()
+            averaged(other(torch.randn(5, 4))).square().sum().backward()
+            opt.step()
+        exported = opt.ema_state_dict(averaged)
+        assert torch.equal(exported["weight"], opt.state[averaged.weight]["ema_0"])
+        opt.load_ema_state_dict({name: torch.ones_like(x) for name, x in exported.items()}, averaged)
+        assert bool((opt.state[averaged.weight]["ema_0"] == 1).all())
+        with pytest.raises(ValueError, match="does not hold|no parameter 'weight'"):
+            opt.ema_state_dict(nn.Sequential(nn.Linear(4, 4)))
+    target = nn.Linear(4, 4)
+    opt.copy_ema_to(target)
+    assert bool((target.weight == 1).all())
 
 
 def test_what_cannot_be_read_changes_nothing(backend):

@@ -101,6 +101,9 @@ REFUSED = {
     "every True": (("*",), {"fn": masks.Fisher(0.1), "every": True}, ValueError, "every: True"),
     "fn": (("*",), {"fn": 3}, TypeError, "fn: 3"),
     "a class": (("*",), {"fn": masks.Fisher}, TypeError, r"masks.Fisher\(0.1\)"),
+    "ranking as keep": (("*", masks.Fisher(0.1)), {}, TypeError, r"layer0.weight.*fn=fuseopt.masks.Fisher\(0.1\)"),
+    "class as keep": (("*", masks.Random), {}, TypeError, r"layer0.weight.*fn=fuseopt.masks.Random\(0.1\)"),
+    "keep's as fn": (("*",), {"fn": masks.nonzero}, TypeError, "masks.nonzero.*keep="),
     "mode": (("*",), {"fn": masks.Fisher(0.1), "mode": "held"}, ValueError, "'held'"),
     # fits the first parameter alone: nothing may be set before all are checked
     "second shape": (("layer[01].weight", torch.ones(33, 31, dtype=torch.bool) > 2), {}, ValueError, "layer1.*33, 31"),
