@@ -32,10 +32,13 @@ class AverageMethods:
         An average that has had no update yet is the weights themselves. Buffers are left alone unless
         `average_buffers` was called. Another model is matched by name, so the optimizer must have been given
         named parameters. Raises ValueError, with nothing changed, where that is not so, a name or shape does
-        not match, or no average `k` is configured.
+        not match, or no average `k` is configured; RuntimeError for the trained model inside swap_ema().
         """
         self._validate_options()
         pairs = match(self, model, k) + buffers.match(self, model, k)
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        if self._swapped and any(id(target) in own for target, _ in pairs):
+            raise RuntimeError("copy_ema_to() of the swapped model inside swap_ema(): its end would undo the copy")
         for target, average in pairs:
             if not placed_alike(target, average):
                 target, average = local(target), part(target, average)

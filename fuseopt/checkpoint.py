@@ -236,6 +236,12 @@ def _restore(opt, state_dict: dict[str, Any], own_masks: dict[Tensor, dict]) -> 
                 opt.state[p][key] = value.cpu() if value.dtype == torch.float64 else value.to("cpu", torch.float32)
 
 
+def _too_late(opt, steps: int) -> bool:
+    """Whether no group will select any more."""
+    options = [group["prune"] for group in opt.param_groups if group["prune"]]
+    return all(one["threshold"] is None and (one["end"] or one["begin"]) <= steps for one in options)
+
+
 def _warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
     """Tell what this optimizer keeps and the checkpoint, of torch or of other options, has not."""
     states = [state for state in state_dict["state"].values() if isinstance(state, dict)]
@@ -249,7 +255,7 @@ def _warn_of_fresh_starts(opt, state_dict: dict[str, Any]) -> None:
             averages |= {key} if any(float(opt.state[p].get("step", 0)) for p in empty) else set()
     missing = [f"{', '.join(sorted(averages))} start anew, as copies of the weights"] if averages else []
     if any(group["prune"] for group in opt.param_groups) and "prune_mask" not in saved:
-        missing.append("no weight is pruned yet")
+        missing.append("no weight is pruned yet" + (_too_late(opt, steps) * ", and none will be: its schedule is past"))
     if states and missing:
         warnings.warn(
             f"the checkpoint does not hold all that {type(opt).__name__} keeps here: {'; '.join(missing)}. "

@@ -26,8 +26,19 @@ def find(opt, param: Tensor | str) -> tuple[dict, Tensor, str]:
             if p is param or (isinstance(param, str) and name == param):
                 return group, p, name_of(opt, p)
     if isinstance(param, str):
-        raise ValueError(f"no parameter is named {param!r}; build the optimizer from model.named_parameters()")
+        raise ValueError(unknown_name(opt, param))
     raise ValueError("this tensor is not a parameter of the optimizer; add it with add_param_group first")
+
+
+def unknown_name(opt, name: str, more: str = "") -> str:
+    """The message for a name that no parameter has."""
+    names = [n for group in opt.param_groups for n in group.get("param_names") or ()]
+    if not names:
+        return (
+            f"no parameter is named {name!r}, as the optimizer was given no names; build it from "
+            "model.named_parameters(), or give the parameter itself"
+        )
+    return f"no parameter is named {name!r}{more}; names are {', '.join(map(repr, names[:3]))}, ..."
 
 
 def check_devices(opt) -> None:

@@ -54,6 +54,8 @@ def targets(opt, model: torch.nn.Module, k: int) -> list[tuple[Tensor, Tensor]]:
     optimizer and model do not match.
     """
     params = [p for group in configured(opt, k) for p in group["params"]]
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"Invalid model: {type(model).__name__}; give the torch.nn.Module")
     drop_gathered()  # or the model would show us the gathered copies, which are lost when written
     own = {id(p) for p in model.parameters()}
     if all(id(p) in own for p in params):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import plan, ranking
-from .checks import find, name_of
+from .checks import find, name_of, unknown_name
 from .distributed import aligned, is_dtensor, local, whole
 from .masks import Ranking, new_rows, nonzero
 from .schema import compute_dtype
@@ -93,11 +93,21 @@ class MaskMethods:
             return
         if every is not None:
             raise TypeError(f"Invalid every: {every!r}; it goes with fn, and keep was given")
+        if self._swapped and callable(keep):
+            raise RuntimeError(
+                "mask() by a function inside swap_ema() would look at the average; leave the block first"
+            )
         masks = [(p, evaluated(keep, p, name)) for p, name in found]
         plan.make_state(self)
         stop(self, [p for p, _ in found])
         for p, values in masks:
             mask.replace(self.state[p], p, None if all_true(values) else values, mode == "freeze")
+
+    def keep_mask(self, param: Tensor | str) -> Tensor | None:
+        """Boolean tensor of the parameter's shape, False where the mask in force holds it; None without a mask."""
+        _, p, _ = find(self, param)
+        keep = mask.unfold(self.state.get(p, {}), local(p))
+        return None if keep is None else whole(p, keep, set(range(p.dim())))
 
 
 def matching(opt, param: Tensor | str) -> list[tuple[Tensor, str]]:
@@ -113,13 +123,7 @@ def matching(opt, param: Tensor | str) -> list[tuple[Tensor, str]]:
     found = [p for p in every if names.get(p) == param]
     found = found or [p for p in every if param == "*" or (p in names and fnmatchcase(names[p], param))]
     if not found and not opt.defaults["sharded"]:
-        if not names:
-            raise ValueError(
-                f"no parameter is named {param!r}, as the optimizer was given no names; "
-                "build it from model.named_parameters(), or give the parameter itself"
-            )
-        first = ", ".join(map(repr, list(names.values())[:3]))
-        raise ValueError(f"no parameter is named {param!r} or fits it as a pattern; names are {first}, ...")
+        raise ValueError(unknown_name(opt, param, " or fits it as a pattern"))
     return [(p, name_of(opt, p)) for p in found]
 
 

@@ -121,8 +121,10 @@ def nonzero(param: Tensor) -> Tensor:
 def new_rows(param: Tensor, first: int) -> Tensor:
     """Keep the rows from `first` on: the new tokens of an embedding that was resized.
 
-    Raises ValueError if `first` is no row, nor just behind the last.
+    Raises ValueError if `first` is no row, nor just behind the last; TypeError for a module in place of its weight.
     """
+    if not isinstance(param, Tensor):
+        raise TypeError(f"Invalid param: {type(param).__name__}; give the parameter, as embedding.weight")
     rows = param.shape[0] if param.dim() else 0
     if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first <= rows:
         raise ValueError(f"Invalid first: {first!r}; the parameter has {rows} rows")

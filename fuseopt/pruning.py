@@ -31,10 +31,13 @@ class PruneMethods:
         Args:
             model: leave the masks there in the form of torch.nn.utils.prune, whose remove, is_pruned and
                 further pruning then work: the parameter becomes `weight_orig`, beside it lies `weight_mask`.
+                model.parameters() then come in another order: export what goes by it, as diffusers' averages, before.
 
         Raises RuntimeError inside swap_ema(), ValueError with nothing changed if a pruned parameter is
         not in `model` or is a DTensor, which torch.nn.utils.prune does not know.
         """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"Invalid model: {type(model).__name__}; give the torch.nn.Module, or None")
         if self._swapped:
             raise RuntimeError("finalize_pruning() inside swap_ema(): leave the with-block first")
         every = dict.fromkeys(p for group in self.param_groups for p in group["params"])

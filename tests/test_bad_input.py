@@ -419,3 +419,54 @@ def test_parameters_without_values(backend):
     with pytest.raises(ValueError, match="'w' is on the meta device.*to_empty"):
         opt.step()
     assert not opt.state
+
+
+def test_what_an_option_would_ignore_is_refused_and_dropped_from_old_checkpoints():
+    for options, word in (
+        ({"threshold": 0.5, "end": 3}, "leave out end"),
+        ({"threshold": 0.5, "every": 3}, "leave out end"),
+        ({"sparsity": 0.5, "every": 3}, "give end"),
+        ({"sparsity": 0.5, "begin": True}, "whole number"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            fuseopt.Prune(**options)
+    with pytest.raises(ValueError, match="belongs to warmup='edm2'"):
+        fuseopt.EMA(sigma_rel=0.1)
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    opt = fuseopt.SGD([p], lr=0.1, prune=fuseopt.Prune(threshold=0.5))
+    old = opt.state_dict()
+    old["param_groups"][0]["prune"] |= {"end": 3, "every": 2}
+    opt.load_state_dict(old)
+    assert (opt.param_groups[0]["prune"]["end"], opt.param_groups[0]["prune"]["every"]) == (None, 1)
+
+
+def test_what_would_be_lost_inside_swap_ema_is_refused():
+    model = torch.nn.Linear(2, 2)
+    opt = fuseopt.SGD(model.parameters(), lr=0.1, ema=fuseopt.EMA(0.5))
+    other = torch.nn.Linear(2, 2)
+    named = fuseopt.SGD(other.named_parameters(), lr=0.1, ema=fuseopt.EMA(0.5))
+    with opt.swap_ema():
+        with pytest.raises(RuntimeError, match="swapped model"):
+            opt.copy_ema_to(model)
+        with pytest.raises(RuntimeError, match="look at the average"):
+            opt.mask("*", keep=fuseopt.masks.nonzero)
+    with named.swap_ema():
+        named.copy_ema_to(model)
+    assert torch.equal(model.weight, other.weight)
+    for wrong in (lambda: opt.copy_ema_to({}), lambda: opt.finalize_pruning("x"), lambda: fuseopt.masks.new_rows(model, 1)):
+        with pytest.raises(TypeError, match="give the"):
+            wrong()
+    with pytest.raises(ValueError, match="names are 'weight', 'bias'"):
+        named.prune_mask("*.weight")
+
+
+def test_the_mask_in_force_can_be_read(backend):
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    opt = fuseopt.SGD([p], lr=0.1, backend=backend)
+    assert opt.keep_mask(p) is None
+    opt.mask(p, torch.tensor([True, False, True])[:, None])
+    assert opt.keep_mask(p).tolist() == [[True, True], [False, False], [True, True]]
+    opt.mask(p, fn=lambda p, g, state: g > 0)
+    p.grad = torch.tensor([[1.0, -1.0]] * 3)
+    opt.step()
+    assert opt.keep_mask(p).tolist() == [[True, False]] * 3

@@ -67,21 +67,21 @@ class EMA:
     def __post_init__(self):
         if self.warmup not in WARMUPS:
             raise ValueError(f"Invalid EMA warmup: {self.warmup!r}; use one of {', '.join(map(repr, WARMUPS))}")
+        if self.sigma_rel is not None and self.warmup != "edm2":
+            raise ValueError(f"Invalid EMA sigma_rel: {self.sigma_rel!r}; it belongs to warmup='edm2'")
         if self.warmup in DECAYING:
             if not isinstance(self.decay, (int, float)) or not 0 <= self.decay <= 1:
                 raise ValueError(f"Invalid EMA decay: {self.decay!r}; give a number in [0, 1]")
         elif self.decay is not None:
             raise ValueError(f"Invalid EMA decay: {self.decay!r}; warmup={self.warmup!r} takes none, leave it out")
-        if self.warmup == "edm2":
-            if not isinstance(self.sigma_rel, (int, float)) or not 0 < self.sigma_rel <= MAX_SIGMA_REL:
-                raise ValueError(
-                    f"Invalid EMA sigma_rel: {self.sigma_rel!r}; warmup='edm2' takes a number in (0, 12**-0.5]"
-                )
-        elif self.sigma_rel is not None:
-            raise ValueError(f"Invalid EMA sigma_rel: {self.sigma_rel!r}; it belongs to warmup='edm2'")
-        if not isinstance(self.start, int):
+        is_number = isinstance(self.sigma_rel, (int, float))
+        if self.warmup == "edm2" and not (is_number and 0 < self.sigma_rel <= MAX_SIGMA_REL):
+            raise ValueError(
+                f"Invalid EMA sigma_rel: {self.sigma_rel!r}; warmup='edm2' takes a number in (0, 12**-0.5]"
+            )
+        if isinstance(self.start, bool) or not isinstance(self.start, int):
             raise ValueError(f"Invalid EMA start: {self.start!r}; give a whole number of steps")
-        if not isinstance(self.every, int) or self.every < 1:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"Invalid EMA every: {self.every!r}; give a whole number of steps, at least 1")
         if self.dtype is torch.float32:
             object.__setattr__(self, "dtype", "float32")  # plain data, for checkpoints

@@ -90,8 +90,12 @@ class Prune:
         """Raise ValueError unless begin, end and every go together."""
         for name in ("begin", "every") + (("end",) if self.end is not None else ()):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Invalid Prune {name}: {value!r}; give a whole number of steps, at least 1")
+        if self.threshold is not None and (self.end is not None or self.every != 1):
+            raise ValueError("Invalid Prune: a threshold holds at every step from `begin` on; leave out end and every")
+        if self.end is None and self.every != 1 and self.schedule != "once":
+            raise ValueError(f"Invalid Prune every: {self.every!r}; without an end it acts at `begin` alone: give end")
         if self.end is not None and self.end < self.begin:
             raise ValueError(f"Invalid Prune end: {self.end}; it lies before begin={self.begin}")
         if self.schedule == "once" and (self.end is not None or self.every != 1):
@@ -203,6 +207,8 @@ def normalise(group: dict) -> None:
         return
     if not isinstance(given, (Prune, dict)):
         raise TypeError(f"Invalid prune: {given!r}; give fuseopt.Prune(sparsity) or None")
+    if isinstance(given, dict) and (given.get("end") is None or given.get("threshold") is not None):
+        given = {**given, "end": None, "every": 1}  # what older checkpoints hold though it meant nothing
     try:
         group["prune"] = asdict(given if isinstance(given, Prune) else Prune(**given))
     except TypeError as error:
