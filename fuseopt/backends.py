@@ -77,11 +77,15 @@ def run(opt, step: plan.Step) -> None:
 
 def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]]) -> dict[Tensor, plan.Prepared]:
     """Every check, and then what these parameters lack."""
-    if wanting or any(gs.sparsity is not None for gs in step.groups):
-        plan.check_all(opt, wanting)
-    for selection in select.selections(opt, step):
+    selections = select.selections(opt, step)
+    idle = [(gs, p) for selection in selections for gs, p in selection.members if p.grad is None]
+    if wanting or selections:
+        plan.check_all(opt, wanting + idle)
+    for selection in selections:
         patterns.check(opt, selection)
     prepared = plan.prepare(opt, step, wanting)
+    for gs, p in idle:
+        plan.settle_state(opt, gs, p)
     patterns.let_go(opt, step)
     return prepared
 

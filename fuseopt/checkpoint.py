@@ -44,8 +44,10 @@ def _without_neutral(opt, group: dict) -> dict:
     torch.distributed.checkpoint loads only between dicts of the same keys.
     """
     off = {key for key, value in GROUP_OPTIONS.items() if group[key] == value or group[key] == []}
-    if "step" in opt.counters(group) and not any(own["ema"] or own["prune"] for own in opt.param_groups):
-        off.add("steps")  # which only their schedules read; loading takes it from the state
+    scheduled = any(own["ema"] or own["prune"] for own in opt.param_groups)
+    scheduled = scheduled or any("mask_t" in state for state in opt.state.values() if isinstance(state, dict))
+    if "step" in opt.counters(group) and not scheduled:
+        off.add("steps")  # which only schedules read; loading takes it from the state
     if isinstance(opt, (torch.optim.SGD, torch.optim.Adagrad)) and not group["decoupled_weight_decay"]:
         off.add("decoupled_weight_decay")
     return {key: value for key, value in group.items() if key not in off}

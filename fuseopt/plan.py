@@ -108,6 +108,17 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     return fresh
 
 
+def settle_state(opt, gs: GroupStep, p: Tensor) -> None:
+    """Bring what there is of p's state, which `check_all` has passed, into the form that pruning reads."""
+    state = opt.state[p]
+    for key in gs.slots + gs.emas:
+        if state.get(key) is None:  # as torch's older checkpoints have it
+            state.pop(key, None)
+        else:
+            state[key] = in_layout_of(p, state[key])
+    mask.into_memory_order(state, p)
+
+
 @torch.no_grad()
 def make_state(opt, prune_masks: bool = False) -> None:
     """Make the whole state of every parameter that is trained, and change nothing else.

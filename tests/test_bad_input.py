@@ -445,6 +445,10 @@ def test_what_would_be_lost_inside_swap_ema_is_refused():
     opt = fuseopt.SGD(model.parameters(), lr=0.1, ema=fuseopt.EMA(0.5))
     other = torch.nn.Linear(2, 2)
     named = fuseopt.SGD(other.named_parameters(), lr=0.1, ema=fuseopt.EMA(0.5))
+    for one in (opt, named):
+        for p in one.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        one.step()
     with opt.swap_ema():
         with pytest.raises(RuntimeError, match="swapped model"):
             opt.copy_ema_to(model)

@@ -735,3 +735,29 @@ def test_verify_finds_a_frozen_entry_that_moved(what, backend):
     checker = verify.attach(opt)
     run(opt, [p], 1, first=3)
     assert not checker.report().passed
+
+
+def test_a_dynamic_mask_keeps_its_schedule_where_every_parameter_missed_a_step(backend):
+    """The state's own counters then lag behind the optimizer's, and the checkpoint must tell it."""
+    first, second = [torch.nn.Parameter(torch.randn(4, 8)) for _ in range(2)]
+
+    def make(*params):
+        opt = fuseopt.AdamW(params, lr=0.1, backend=backend)
+        opt.mask(params[0], fn=lambda p, grad, state: grad > 0, every=3)
+        return opt
+
+    opt = make(first, second)
+    for skipped in (None, first, second):
+        for p in (first, second):
+            p.grad = None if p is skipped else torch.randn_like(p)
+        opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in (first, second)]
+    resumed = make(*copies)
+    resumed.load_state_dict(saved)
+    for _ in range(3):
+        for p, q in zip((first, second), copies, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        opt.step(), resumed.step()
+        assert torch.equal(first, copies[0])

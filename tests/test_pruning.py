@@ -318,3 +318,45 @@ def _survives(dense):
 
     values, meta = sparse_semi_structured_from_dense_cutlass(dense)
     return torch.equal(sparse_semi_structured_to_dense_cutlass(values, meta), dense)
+
+
+def channels_last(opt, p):
+    p.data = p.data.to(memory_format=torch.channels_last)
+
+
+def no_value(opt, p):
+    opt.state[p] = {"momentum_buffer": None}
+
+
+def booleans(opt, p):  # as ZeroRedundancyOptimizer writes a checkpoint's entries
+    opt.state[p]["prune_mask"] = torch.zeros(p.shape, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("pattern", ("unstructured", "2:4", "rows"))
+@pytest.mark.parametrize("change", (channels_last, no_value, booleans))
+def test_what_lies_still_is_pruned_whatever_the_form_of_its_state(change, pattern, backend):
+    still, moved = [nn.Parameter(torch.randn(8, 8, 3, 3)) for _ in range(2)]
+    options = Prune(None if ":" in pattern else 0.5, pattern=pattern, begin=2, scope="tensor")
+    opt = fuseopt.SGD([still, moved], lr=0.1, momentum=0.9, prune=options, backend=backend)
+    for p in (still, moved):
+        p.grad = torch.randn_like(p)
+    opt.step()
+    change(opt, still)
+    still.grad = None
+    opt.step()
+    for p in (still, moved):
+        assert opt.prune_mask(p).sum() == (p == 0).sum() == p.numel() // 2
+
+
+def test_state_of_what_lies_still_is_checked_before_anything_is_written(backend):
+    still, moved = [nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+    opt = fuseopt.AdamW([still, moved], prune=Prune(0.5, begin=2), backend=backend)
+    for p in (still, moved):
+        p.grad = torch.randn_like(p)
+    opt.step()
+    still.grad = None
+    opt.state[still]["exp_avg"] = torch.zeros(3)
+    before = moved.detach().clone()
+    with pytest.raises(ValueError, match="exp_avg.*has shape"):
+        opt.step()
+    assert torch.equal(moved, before) and opt.state[moved]["step"] == 1
