@@ -134,14 +134,19 @@ bool in_order_of_bits(PyObject* state, const TensorView& p) {
   return p.contiguous(order);
 }
 
-// Whether an average holds no value yet: see the note in stages/ema.py. By its first entry, as is_empty there.
+template <class S>
+bool all_nan(const void* ema, int64_t n) {
+  const auto* e = static_cast<const typename S::raw*>(ema);
+  return std::all_of(e, e + n, [](typename S::raw x) { return std::isnan(S::load(x)); });
+}
+
+// Whether an average holds no value yet: see the note in stages/ema.py. Mostly its first entry tells.
 bool is_empty(const void* ema, int storage, int64_t n) {
-  if (n == 0) return true;
   switch (storage) {
-    case 0: return std::isnan(*static_cast<const float*>(ema));
-    case 1: return std::isnan(*static_cast<const double*>(ema));
-    case 2: return std::isnan(BF16::load(*static_cast<const uint16_t*>(ema)));
-    default: return std::isnan(F16::load(*static_cast<const uint16_t*>(ema)));
+    case 0: return all_nan<F32>(ema, n);
+    case 1: return all_nan<F64>(ema, n);
+    case 2: return all_nan<BF16>(ema, n);
+    default: return all_nan<F16>(ema, n);
   }
 }
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from .checks import name_of
 from .distributed import drop_gathered, local
 from .plan import is_placeholder
+from .stages.ema import is_empty
 
 
 def made(opt, p: Tensor, k: int) -> bool:
@@ -23,12 +24,8 @@ def find_placeholders(opt, untouched: bool) -> None:
             opt._placeholders.setdefault(key, set()).update(made)
     for p, state in opt.state.items():
         for key, value in state.items() if isinstance(state, dict) else ():
-            if key.startswith("ema_") and isinstance(value, Tensor) and _all_nan(local(value)):
+            if key.startswith("ema_") and isinstance(value, Tensor) and local(value).numel() and is_empty(local(value)):
                 opt._placeholders.setdefault(key, set()).add(p)
-
-
-def _all_nan(x: Tensor) -> bool:
-    return x.numel() > 0 and bool(x.flatten()[0].isnan()) and bool(x.isnan().all())
 
 
 def configured(opt, k: int) -> list[dict]:

@@ -21,6 +21,7 @@ class GroupStep:
     emas: tuple[str, ...]  # all averages: what the state holds
     narrow: tuple[str, ...]  # those kept in the parameter's dtype
     due: tuple[str, ...]  # those that this step updates
+    thinned: tuple[str, ...]  # and those in which a threshold may zero entries; none before averaging begins
     hyper: tuple[float, ...]
     stage: dict[str, float]  # schema.STAGE_SCALARS; clip is set once the norm is known
     ema_weights: tuple[float, ...]  # of `emas`; 0 where not due
@@ -28,13 +29,9 @@ class GroupStep:
     prunes: bool  # a mask of pruned entries is needed from this step on
 
     def averages(self) -> tuple[tuple[str, float, bool, bool], ...]:
-        """(key, weight, whether in the parameter's dtype, whether the pass works on it) of every average.
-
-        It works on those that are due, and on all where a threshold may prune.
-        """
-        every = self.stage["prune_below"] > 0
-        weights = zip(self.emas, self.ema_weights, strict=True)
-        return tuple([(key, w, key in self.narrow, every or key in self.due) for key, w in weights])
+        """(key, weight, whether in the parameter's dtype, whether the pass works on it) of every average."""
+        weights, passed = zip(self.emas, self.ema_weights, strict=True), self.due + self.thinned
+        return tuple([(key, w, key in self.narrow, key in passed) for key, w in weights])
 
     def not_narrow(self) -> tuple[str, ...]:
         """The averages kept in the type of the arithmetic."""
@@ -64,14 +61,17 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float) -> GroupStep:
         "prune_below": threshold,
         "keep_moments": float(options is not None and options["moments"] == "keep"),
     }
+    averages = list(zip(ema.names(group), group["ema"], strict=True))
+    begun = [key for key, one in averages if ema.updates(one, t) or not opt._placeholders.get(key)]
     return GroupStep(
         group,
         opt.kernel(group),
         opt.slots(group),
         opt.counters(group),
-        names := ema.names(group),
-        tuple([key for key, one in zip(names, group["ema"], strict=True) if one["dtype"] == "parameter"]),
-        tuple([key for key, one in zip(names, group["ema"], strict=True) if ema.is_due(one, t)]),
+        ema.names(group),
+        tuple([key for key, one in averages if one["dtype"] == "parameter"]),
+        tuple([key for key, one in averages if ema.is_due(one, t)]),
+        tuple(begun) if threshold > 0 else (),
         hyper,
         stage,
         tuple([ema.weight(one, t) for one in group["ema"]]),

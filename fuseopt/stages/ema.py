@@ -132,8 +132,8 @@ def update(e: Tensor, p: Tensor, w: float, pruned: Tensor | None, frozen: Tensor
 
 
 def is_empty(e: Tensor) -> bool:
-    """Whether an average holds no value yet, by its first entry: cheap, and wrong for one whose weights are NaN."""
-    return e.numel() > 0 and bool(e[(0,) * e.dim()].isnan())
+    """Whether an average holds no value yet. Mostly its first entry tells."""
+    return e.numel() == 0 or bool(e[(0,) * e.dim()].isnan() and e.isnan().all())
 
 
 def dtype_of(options: dict, p: Tensor) -> torch.dtype:
