@@ -237,7 +237,8 @@ def check_n_m(source: nn.Module | torch.optim.Optimizer, pattern: str | None = N
         pattern: "2:4" by default; for an optimizer by default each group's own.
 
     A last group shorter than m counts as filled up with zeros. DTensors are gathered one at a time, which
-    all processes must ask for together. Raises ValueError where there is nothing to check.
+    all processes must ask for together. Raises ValueError where there is nothing to check; not with sharded=True,
+    as what there is may lie on other processes.
     """
     if isinstance(_known(source), nn.Module):
         found = [(name, pattern or "2:4", w) for name, module, w in _weights(source) if _is_weight(name, module)]
@@ -247,7 +248,7 @@ def check_n_m(source: nn.Module | torch.optim.Optimizer, pattern: str | None = N
             for name, group, p in _named(source)
             if prune.is_n_m(group.get("prune")) and prune.prunable(p)
         ]
-    if not found:
+    if not found and not (isinstance(source, torch.optim.Optimizer) and source.defaults.get("sharded")):
         what = "no nn.Linear or convolution" if isinstance(source, nn.Module) else "no group with an n:m pattern"
         raise ValueError(f"there is {what} in this {type(source).__name__}: nothing to check; give the model")
     return PatternReport([_check(*one) for one in found])

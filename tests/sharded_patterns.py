@@ -147,3 +147,14 @@ def refused_conversion() -> str:
         assert opt.prune_mask("weight") is not None
         return str(error)
     return "nothing"
+
+
+def n_m_on_one_process() -> list:
+    """sharded=True: the report of each process, of which one alone has a matrix."""
+    shape = (4, 8) if torch.distributed.get_rank() == 0 else (5,)
+    p = torch.nn.Parameter(torch.ones(shape))
+    opt = fuseopt.SGD([("w", p)], lr=0.1, sharded=True, prune=Prune(pattern="2:4"))
+    p.grad = torch.ones(shape)
+    opt.step()
+    report = fuseopt.check_n_m(opt)
+    return [bool(report), len(report)]

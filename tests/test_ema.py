@@ -452,6 +452,19 @@ def test_buffers_follow_each_average(backend):
     assert torch.equal(other[1].running_var, second)
 
 
+def test_buffers_begin_with_their_average(backend):
+    """Without a warm-up the first update is a copy all the same, and nothing is copied before it is due."""
+    model = network().double()
+    opt = fuseopt.AdamW(model.named_parameters(), ema=EMA(0.9, start=2, every=2), backend=backend)
+    opt.average_buffers(model)
+    seen = []
+    for t in range(6):
+        train(model, opt, range(t, t + 1), lambda: seen.append(model[1].running_var.clone()))
+        assert opt.param_groups[0]["ema_buffers"]["ema_0"]["begun"] == (t >= 3)
+    found = opt.param_groups[0]["ema_buffers"]["ema_0"]["values"]["1.running_var"]
+    assert_close(found, 0.9 * seen[3] + 0.1 * seen[5], (1e-14, 1e-14))
+
+
 def test_buffers_are_saved_with_the_optimizer(backend):
     model = network()
     opt = fuseopt.AdamW(model.parameters(), ema=MANY, backend=backend)
@@ -637,6 +650,25 @@ def test_diffusers_models_that_begin_late(backend):
     train(model, opt, range(5, 9), lambda: theirs.step(model.parameters()))
     for p, average in zip(model.parameters(), theirs.shadow_params, strict=True):
         assert_close(opt.state[p]["ema_0"], average, (2e-6, 1e-6))
+
+
+def test_an_average_of_every_third_step_goes_on_where_the_file_ends(backend):
+    """Its number of updates comes back, and the next one is made three steps later."""
+    model, later = network(), network(1)
+    one = EMA(0.5, warmup="diffusers", every=3)
+    opt, second = (fuseopt.AdamW(m.named_parameters(), lr=0.05, ema=one, backend=backend) for m in (model, later))
+    train(model, opt, range(6))
+    later.load_state_dict(model.state_dict())
+    train(later, second, range(6, 7))
+    second.load_ema_state_dict(opt.ema_state_dict(model, format="diffusers"), later)
+    assert second.param_groups[0]["ema"][0]["start"] == 1 - 2 * 3
+    assert second.ema_state_dict(later, format="diffusers")["optimization_step"] == 2
+    read = {p: second.state[p]["ema_0"].clone() for p in later.parameters()}
+    for t in (7, 8, 9):
+        assert all(torch.equal(second.state[p]["ema_0"], e) for p, e in read.items())
+        train(later, second, range(t, t + 1))
+    for p, e in read.items():  # the third update
+        assert_close(second.state[p]["ema_0"], e + (1 - min(0.5, 3 / 12)) * (p.detach() - e), (2e-6, 1e-6))
 
 
 def test_what_is_read_is_as_sparse_as_the_model(backend):

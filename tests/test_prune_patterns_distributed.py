@@ -65,3 +65,7 @@ def test_rows_of_plain_parts_are_ranked_together():
 def test_torchs_pruning_knows_no_dtensors():
     for said in on_ranks(2, sharded_patterns.refused_conversion):
         assert re.search("'weight' is a DTensor.*leave model out", said), said
+
+
+def test_a_process_with_nothing_to_check_says_so_without_an_error():
+    assert on_ranks(2, sharded_patterns.n_m_on_one_process) == [[True, 1], [True, 0]]

@@ -675,6 +675,18 @@ def test_groups_prune_apart(backend):
     assert [int((x == 0).sum()) for x in (a, b, c)] == [70, 0, 20]
 
 
+@pytest.mark.parametrize("pattern", ("unstructured", "rows"))
+def test_groups_with_equal_options_are_ranked_together(pattern, backend):
+    """All of the smaller parameter goes, whichever group it is in; with scope="tensor" half of each."""
+    for scope, gone in (("global", [0, 100]), ("tensor", [50, 50])):
+        a, b = parameters([(10, 10), (10, 10)])
+        a.data += torch.sign(a.data)
+        b.data *= 0.01
+        groups = [{"params": [x], "prune": Prune(0.5, pattern=pattern, scope=scope)} for x in (a, b)]
+        run(fuseopt.SGD(groups, lr=0.0, backend=backend), [a, b], 1)
+        assert [int((x == 0).sum()) for x in (a, b)] == gone
+
+
 def test_parameters_without_gradient_are_pruned_too(backend):
     """Its sparsity is that of the model, whoever had a gradient at the pruning step."""
     a, b = parameters([(10, 10), (10, 10)])
