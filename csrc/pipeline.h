@@ -45,7 +45,7 @@ FUSEOPT_INLINE void update_element(T& p, T g, T* slot, const StageScalars<T>& s,
 // whether the element is pruned.
 template <class Rule, class S, bool masked, int n>
 FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n], bool keep,
-                                 bool freeze, bool pruned, const StageScalars<typename S::compute>& s,
+                                 bool frozen, bool pruned, const StageScalars<typename S::compute>& s,
                                  const typename Rule::template Scalars<typename S::compute>& r) {
   using T = typename S::compute;
   using raw = typename S::raw;
@@ -56,7 +56,7 @@ FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename
   update_element<Rule, T>(weight, effective_grad(S::load(g), keep, s), moment, s, r);
 
   const raw stored = S::store(weight);
-  const bool frozen = masked & freeze & (!keep);
+  frozen = masked & frozen;
   const bool prune = masked & (!frozen) & (pruned | (abs(S::load(stored)) < s.prune_below));
   const bool clear = prune & (s.keep_moments == T(0));
   p = select(frozen, p, select(prune, raw(0), stored));

@@ -75,6 +75,8 @@ class MaskMethods:
                 alone. Until then a mask that is there holds; where there is none, it is computed at the
                 next step. A parameter without a gradient at such a step keeps its mask.
 
+        Ctrl-C and other signals wait until fn has returned and the step is whole.
+
         Checkpoints hold masks and scores but not fn: set it again, before loading or after, and the run goes on
         as if it had not stopped (without `every` there is nothing to set again). copy.deepcopy and pickle
         lose it too.

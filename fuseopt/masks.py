@@ -1,8 +1,9 @@
 """Ready masks for `opt.mask`: which entries of a parameter are trained.
 
 Rankings, for fn=, keep exactly round(share * n) entries, those of the largest score; equal scores go by
-(parameter order, row-major index), NaN comes last. n is all entries of a parameter, or with scope="global" of all
-parameters that were set with the same object, wherever they lie:
+(parameter order, row-major index), NaN comes last, as -inf does. n is all entries of a parameter, or with
+scope="global" of all parameters that were set with the same object and are recomputed at this step, wherever they
+lie (one without a gradient keeps its mask and is not counted):
 
     opt.mask("*", fn=fuseopt.masks.Fisher(0.005), every=100)
 

@@ -32,6 +32,7 @@ class PruneMethods:
             model: leave the masks there in the form of torch.nn.utils.prune, whose remove, is_pruned and
                 further pruning then work: the parameter becomes `weight_orig`, beside it lies `weight_mask`.
                 model.parameters() then come in another order: export what goes by it, as diffusers' averages, before.
+                The model's forward is masked from then on; the optimizer steps `weight_orig`, and averages are of that.
 
         Raises RuntimeError inside swap_ema(), ValueError with nothing changed if a pruned parameter is
         not in `model` or is a DTensor, which torch.nn.utils.prune does not know.

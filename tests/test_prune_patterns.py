@@ -496,3 +496,55 @@ def test_the_references_agree_where_a_group_is_everything():
     free, nothing = torch.ones_like(w, dtype=torch.bool), torch.zeros_like(w, dtype=torch.bool)
     assert torch.equal(smallest_of_m(w, free, nothing, 3, 8), smallest([w], [free], 5)[0])
     assert torch.equal(smallest_rows([w.t()], [free[0]], 5)[0], smallest([w], [free], 5)[0][0])
+
+
+def test_blocks_take_their_ties_in_turn():
+    """Blocks that count at different speeds: odd rows are nearly all frozen. Ties go in order, whoever is first."""
+    usual = torch.get_num_threads()
+    keep = torch.ones(64, 16384, dtype=torch.bool)
+    keep[1::2, 100:] = False
+    try:
+        torch.set_num_threads(4)
+        for _ in range(40):
+            p = torch.nn.Parameter(torch.ones(64, 16384))
+            opt = fuseopt.SGD([p], lr=0.0, prune=Prune(0.251))
+            opt.mask(p, keep)
+            p.grad = torch.ones_like(p)
+            opt.step()
+            pruned = opt.prune_mask(p)[keep]
+            count = round(0.251 * p.numel())
+            assert pruned[:count].all() and not pruned[count:].any()
+    finally:
+        torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("pattern", ("2:4", "3:5"))
+def test_threads_that_share_a_word_of_bits_lose_none(pattern):
+    """Groups of ragged or channels_last weights end within words, which two threads then write."""
+    usual = torch.get_num_threads()
+    weights = [torch.randn(257, 9 if k else 37, *size) for k, size in enumerate(((), (3, 3)))]
+    weights[1] = weights[1].to(memory_format=torch.channels_last)
+    expected = []
+    try:
+        for threads in (1, *[4] * 100):
+            torch.set_num_threads(threads)
+            params = [torch.nn.Parameter(w.clone()) for w in weights]
+            opt = fuseopt.SGD(params, lr=0.0, prune=Prune(pattern=pattern))
+            for p in params:
+                p.grad = torch.ones_like(p)
+            opt.step()
+            found = [opt.prune_mask(p) for p in params]
+            expected = expected or found
+            assert all(map(torch.equal, found, expected))
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_the_version_of_what_is_pruned_without_a_gradient_counts(backend):
+    """Autograd must notice: only the selection writes to it."""
+    a, b = parameters([(8, 8), (8, 8)])
+    opt = fuseopt.SGD([a, b], lr=0.1, prune=Prune(0.5), backend=backend)
+    a.grad = torch.ones_like(a)
+    before = b._version
+    opt.step()
+    assert (b == 0).any() and b._version > before

@@ -54,14 +54,14 @@ struct Streams {  // typed pointers and rounded scalars of a span
   }
 
   template <bool masked>
-  FUSEOPT_INLINE void step(int64_t i, bool keep, bool freeze, bool pruned) const {
+  FUSEOPT_INLINE void step(int64_t i, bool keep, bool frozen, bool pruned) const {
     raw weight = p[i], moment[Rule::slots > 0 ? Rule::slots : 1];
     for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k][i];
-    pruned = step_element<Rule, S, masked>(weight, g[i], moment, keep, freeze, pruned, stage, rule);
+    pruned = step_element<Rule, S, masked>(weight, g[i], moment, keep, frozen, pruned, stage, rule);
     p[i] = weight;
     for (int k = 0; k < Rule::slots; ++k) slot[k][i] = moment[k];
     if constexpr (averaged)
-      ema[i] = ema_element<typename Wide<S>::type>(ema[i], S::load(weight), ema_weight, pruned, masked & freeze & (!keep));
+      ema[i] = ema_element<typename Wide<S>::type>(ema[i], S::load(weight), ema_weight, pruned, masked & frozen);
   }
 
   // GCC turns a select on a mask into a masked load, and those do not start the hardware prefetcher: from
@@ -84,17 +84,18 @@ void update(const Span& a) {
 template <class Rule, class S, bool averaged>
 FUSEOPT_INLINE void update_word(const Streams<Rule, S, averaged>& s, int64_t begin, int count, uint32_t keep,
                                 uint32_t pruned, bool freeze) {
+  const uint32_t frozen = freeze ? ~keep : 0;  // a word of bits: GCC spells a bool out into a mask, bit by bit
 #pragma GCC ivdep
-  for (int j = 0; j < count; ++j) s.template step<true>(begin + j, has(keep, j), freeze, has(pruned, j));
+  for (int j = 0; j < count; ++j) s.template step<true>(begin + j, has(keep, j), has(frozen, j), has(pruned, j));
 }
 
 template <class Rule, class S, bool averaged>
-FUSEOPT_INLINE void update_free_word(const Streams<Rule, S, averaged>& s, int64_t begin) {
+FUSEOPT_INLINE void update_even_word(const Streams<Rule, S, averaged>& s, int64_t begin, bool keep) {
 #pragma GCC ivdep
-  for (int j = 0; j < 32; ++j) s.template step<false>(begin + j, true, false, false);
+  for (int j = 0; j < 32; ++j) s.template step<false>(begin + j, keep, false, false);
 }
 
-// Rows that are kept or frozen as a whole take the loop without masks, or none.
+// Rows that are kept, or lose their gradient, as a whole take the loop without masks; frozen ones none.
 template <class Rule, class S, bool averaged>
 void update_masked(const Span& a) {
   const Streams<Rule, S, averaged> s(a);
@@ -104,7 +105,9 @@ void update_masked(const Span& a) {
   for (int64_t w = 0; w < words; ++w) {
     if (w + ahead >= words || !a.freeze || a.keep[w + ahead]) s.prefetch(32 * w);
     if (a.freeze && a.keep[w] == 0) continue;
-    if (a.keep[w] == ~0u && a.pruned[w] == 0 && !threshold) update_free_word(s, 32 * w);
+    const bool even = a.pruned[w] == 0 && !threshold;
+    if (even && a.keep[w] == ~0u) update_even_word(s, 32 * w, true);
+    else if (even && a.keep[w] == 0) update_even_word(s, 32 * w, false);
     else update_word(s, 32 * w, 32, a.keep[w], a.pruned[w], a.freeze);
   }
   if (a.n % 32) update_word(s, 32 * words, int(a.n % 32), a.keep[words], a.pruned[words], a.freeze);
