@@ -518,28 +518,6 @@ def test_blocks_take_their_ties_in_turn():
         torch.set_num_threads(usual)
 
 
-@pytest.mark.parametrize("pattern", ("2:4", "3:5"))
-def test_threads_that_share_a_word_of_bits_lose_none(pattern):
-    """Groups of ragged or channels_last weights end within words, which two threads then write."""
-    usual = torch.get_num_threads()
-    weights = [torch.randn(257, 9 if k else 37, *size) for k, size in enumerate(((), (3, 3)))]
-    weights[1] = weights[1].to(memory_format=torch.channels_last)
-    expected = []
-    try:
-        for threads in (1, *[4] * 100):
-            torch.set_num_threads(threads)
-            params = [torch.nn.Parameter(w.clone()) for w in weights]
-            opt = fuseopt.SGD(params, lr=0.0, prune=Prune(pattern=pattern))
-            for p in params:
-                p.grad = torch.ones_like(p)
-            opt.step()
-            found = [opt.prune_mask(p) for p in params]
-            expected = expected or found
-            assert all(map(torch.equal, found, expected))
-    finally:
-        torch.set_num_threads(usual)
-
-
 def test_the_version_of_what_is_pruned_without_a_gradient_counts(backend):
     """Autograd must notice: only the selection writes to it."""
     a, b = parameters([(8, 8), (8, 8)])
