@@ -1,5 +1,6 @@
 """fuseopt.integrations: what is imported when, accelerate's wrapper, timm's registry."""
 
+import dataclasses
 import importlib
 import pickle
 import subprocess
@@ -148,7 +149,7 @@ def test_timm_passes_fuseopts_options(optim):
     )
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.1]
     assert all(
-        g["ema"] == [{"decay": 0.9, "warmup": None}] and g["betas"] == (0.8, 0.9) for g in optimizer.param_groups
+        g["ema"] == [dataclasses.asdict(fuseopt.EMA(0.9))] and g["betas"] == (0.8, 0.9) for g in optimizer.param_groups
     )
 
 

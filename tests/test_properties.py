@@ -8,6 +8,7 @@ import torch
 from cases import (
     BACKENDS,
     BF16,
+    COUNTERS,
     F16,
     F32,
     F64,
@@ -233,7 +234,7 @@ def live(opt, p) -> dict:
     """Copies of p and of what the state holds of its values."""
     state, empty = opt.state.get(p, {}), empty_entries(opt, p)
     values = {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == p.shape}
-    values = {k: v for k, v in values.items() if v.is_floating_point() and k not in (*empty, "mask_score", "step")}
+    values = {k: v for k, v in values.items() if v.is_floating_point() and k not in (*empty, *COUNTERS, "mask_score")}
     return {**values, "p": p.detach().clone(), "pruned": opt.prune_mask(p)}
 
 
@@ -307,7 +308,8 @@ def test_resuming_anywhere_with_any_number_of_threads_changes_no_bit(case, threa
                 return
             resumed.step()
         assert_same_state(straight, resumed)
-        if case["options"]["ema"] or case["options"]["prune"] or case["dynamic"]:  # else no schedule reads it
+        dynamic = any("mask_t" in state for state in straight.state.values())
+        if case["options"]["ema"] or case["options"]["prune"] or dynamic:  # else no schedule reads it
             assert [g["steps"] for g in straight.param_groups] == [g["steps"] for g in resumed.param_groups]
     finally:
         torch.set_num_threads(usual)

@@ -47,7 +47,9 @@ def prune_schedule(options, steps):
         raise ValueError(
             f"--prune_end {end} is not a whole number of --prune_every {every} after step {begin}"
         )
-    return fuseopt.Prune(options.sparsity, begin=begin, end=end if end > begin else None, every=every)
+    if end == begin:
+        return fuseopt.Prune(options.sparsity, begin=begin)
+    return fuseopt.Prune(options.sparsity, begin=begin, end=end, every=every)
 
 
 def build_optimizer(model, options, args, prune, max_grad_norm):
