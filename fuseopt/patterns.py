@@ -164,13 +164,7 @@ def _check_rows(opt, selection: select.Selection) -> None:
                 "split it along dimension 0 only, or put it in a group with prune=None"
             )
     rows, gone, free = _count_rows(opt, selection)
-    target = round(selection.sparsity * rows)
-    if target > gone + free:
-        where = "the prunable parameters" if len(selection.members) > 1 else name_of(opt, selection.members[0][1])
-        raise ValueError(
-            f"sparsity {selection.sparsity:g} of {where} asks to prune {target} of {rows} rows, but masks freeze "
-            f"entries of all but {gone + free}; lower the sparsity, or put frozen parameters in a group with prune=None"
-        )
+    select.check_room(opt, selection, rows, gone + free, "rows, but masks freeze entries of")
 
 
 def _prune_rows(opt, selection: select.Selection) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,15 +137,13 @@ class Zeros:
         return self.zeros / self.elements if self.elements else 0.0
 
 
-class Sparsity(Mapping):
-    """What `sparsity` found: by name the Zeros of each tensor; `total`, `zeros`, `elements`, `share` of the whole."""
+class ByName(Mapping):
+    """Rows of a report by the names of their tensors; prints as a table."""
 
-    def __init__(self, rows: list[Zeros]):
+    def __init__(self, rows: list):
         self._rows = {row.name: row for row in rows}
-        self.total = Zeros("all", sum(row.zeros for row in rows), sum(row.elements for row in rows))
-        self.zeros, self.elements, self.share = self.total.zeros, self.total.elements, self.total.share
 
-    def __getitem__(self, name: str) -> Zeros:
+    def __getitem__(self, name: str) -> Any:
         return self._rows[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -153,12 +152,22 @@ class Sparsity(Mapping):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Sparsity(ByName):
+    """What `sparsity` found: by name the Zeros of each tensor; `total`, `zeros`, `elements`, `share` of the whole."""
+
+    def __init__(self, rows: list[Zeros]):
+        super().__init__(rows)
+        self.total = Zeros("all", sum(row.zeros for row in rows), sum(row.elements for row in rows))
+        self.zeros, self.elements, self.share = self.total.zeros, self.total.elements, self.total.share
+
     def __str__(self) -> str:
         every = (*self.values(), self.total)
         rows = [(row.name, f"{row.zeros:,}", f"{row.elements:,}", f"{row.share:.2%}") for row in every]
         return _table(("tensor", "zeros", "elements", "share"), rows)
-
-    __repr__ = __str__
 
 
 def sparsity(source: nn.Module | torch.optim.Optimizer) -> Sparsity:
@@ -195,32 +204,21 @@ class Groups:
     first: tuple[int, ...] | None
 
 
-class PatternReport(Mapping):
+class PatternReport(ByName):
     """What `check_n_m` found: by name the Groups of each tensor. True, and `passed`, if all keep to their pattern."""
 
     def __init__(self, rows: list[Groups]):
-        self._rows = {row.name: row for row in rows}
+        super().__init__(rows)
         self.passed = all(row.violations == 0 for row in rows)
 
     def __bool__(self) -> bool:
         return self.passed
-
-    def __getitem__(self, name: str) -> Groups:
-        return self._rows[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def __str__(self) -> str:
         rows = [(r.name, r.pattern, f"{r.groups:,}", f"{r.violations:,}", r.first or "") for r in self.values()]
         failed = sum(row.violations > 0 for row in self.values())
         verdict = "PASS: every group has its zeros" if self.passed else f"FAIL: {failed} of {len(self)} tensors"
         return _table(("tensor", "pattern", "groups", "violations", "first at"), rows) + f"\n{verdict}"
-
-    __repr__ = __str__
 
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

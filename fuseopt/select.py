@@ -107,12 +107,17 @@ def _counts(opt, selection: Selection) -> list[int]:
 def check_enough(opt, selection: Selection) -> None:
     """Raise ValueError if the sparsity asks for more entries than are not frozen."""
     n, pruned, free = _counts(opt, selection)
+    check_room(opt, selection, n, free + pruned, "entries, but masks freeze")
+
+
+def check_room(opt, selection: Selection, n: int, room: int, what: str) -> None:
+    """Raise ValueError if the sparsity asks for more than `room` of n; what: they are, and what holds the others."""
     target = round(selection.sparsity * n)
-    if target > free + pruned:
+    if target > room:
         where = "the prunable parameters" if len(selection.members) > 1 else name_of(opt, selection.members[0][1])
         raise ValueError(
-            f"sparsity {selection.sparsity:g} of {where} asks to prune {target} of {n} entries, but masks freeze "
-            f"all but {free + pruned}; lower the sparsity, or put frozen parameters in a group with prune=None"
+            f"sparsity {selection.sparsity:g} of {where} asks to prune {target} of {n} {what} all but {room}; "
+            "lower the sparsity, or put frozen parameters in a group with prune=None"
         )
 
 
