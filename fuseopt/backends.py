@@ -116,6 +116,8 @@ def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
 
 def _fills_placeholders(opt, step: plan.Step) -> bool:
     """Whether the step gives some entry of the state its first value."""
+    if not any(opt._placeholders.values()):
+        return False
     keys = {key for gs in step.groups for key in gs.slots + gs.due if opt._placeholders.get(key)}
     return bool(keys) and any(plan.fills_placeholder(opt, gs, p) for gs, p in plan.stepped(step))
 

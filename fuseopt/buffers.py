@@ -94,6 +94,8 @@ def updates(opt, step) -> list[Iterable]:
     Raises ValueError, with nothing changed, if the buffers are not those that were averaged. Warns where averages
     were kept and their model is gone or was not given after loading: they would be exported as they are.
     """
+    if not opt._tracked and KEY not in opt.param_groups[0]:
+        return []
     now = opt._tracked[0].now() if opt._tracked else {}
     if not now:
         if any(entry["values"] for entry in _entries(opt).values()):

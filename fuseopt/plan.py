@@ -61,17 +61,16 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float) -> GroupStep:
         "prune_below": threshold,
         "keep_moments": float(options is not None and options["moments"] == "keep"),
     }
-    averages = list(zip(ema.names(group), group["ema"], strict=True))
-    begun = [key for key, one in averages if ema.updates(one, t) or not opt._placeholders.get(key)]
+    averages, names = list(zip(ema.NAMES, group["ema"], strict=False)), ema.names(group)
     return GroupStep(
         group,
         opt.kernel(group),
         opt.slots(group),
         opt.counters(group),
-        ema.names(group),
+        names,
         tuple([key for key, one in averages if one["dtype"] == "parameter"]),
         tuple([key for key, one in averages if ema.is_due(one, t)]),
-        tuple(begun) if threshold > 0 else (),
+        tuple([key for key, one in averages if threshold and (ema.updates(one, t) or not opt._placeholders.get(key))]),
         hyper,
         stage,
         tuple([ema.weight(one, t) for one in group["ema"]]),

@@ -71,6 +71,23 @@ def build(rule: Rule, pruning: str, params: list, backend: str, way: str):
     return Stage("", options, "freeze").build(rule, params, F32, backend=backend)
 
 
+def tried_until_taken(interrupts, one, twin) -> set[tuple[bool, bool]]:
+    """Steps one (optimizer, parameters) under interrupts until it was taken as by the twin: {(hit, taken), ...}."""
+    before = digest(*twin)
+    twin[0].step()
+    after, outcomes = digest(*twin), set()
+    for _ in range(1000):
+        hit = interrupts.during(one[0].step)
+        found = digest(*one)
+        taken = same(found, after)
+        assert taken or same(found, before), "a step is torn"
+        outcomes.add((hit, taken))
+        if taken:
+            return outcomes
+    raise AssertionError("the step was never taken")
+
+
+
 @pytest.mark.parametrize("way", ("steady", "gaps", "statistics"))
 @pytest.mark.parametrize("pruning", PRUNING)
 @pytest.mark.parametrize("name", ("sgd-momentum", "adamw-amsgrad-maximize"))
@@ -84,18 +101,7 @@ def test_an_interrupted_step_is_whole_or_not_at_all(name, pruning, way, backend)
             a, b = (build(BY_NAME[name], pruning, x, backend, way) for x in (params, twins))
             for t in range(1, 8 if trial == 0 else 4):
                 set_gradients(params, t), set_gradients(twins, t)
-                before = digest(b, twins)
-                b.step()
-                after = digest(b, twins)
-                for _ in range(1000):
-                    hit = interrupts.during(a.step)
-                    found = digest(a, params)
-                    taken = same(found, after)
-                    assert taken or same(found, before), f"step {t} is torn"
-                    outcomes.add((hit, taken))
-                    if taken:
-                        break
-                assert taken
+                outcomes |= tried_until_taken(interrupts, (a, params), (b, twins))
     assert (True, False) in outcomes and (False, True) in outcomes, "no interrupt fell into a step"
 
 
