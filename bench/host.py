@@ -12,7 +12,6 @@ first (check.py). A round is taken in three ways:
 
 import argparse
 import gc
-import shlex
 import statistics
 import sys
 import time
@@ -25,8 +24,6 @@ import report
 import step
 import torch
 from variants import Case, Data, Variant, fused_pass, plain_torch, recipe
-
-import fuseopt
 
 CASES = ("adamw", "sgd", "full")
 SHAPES = ("10", "200", "1000")
@@ -192,27 +189,16 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
     p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="N", help=" ".join(SHAPES))
-    p.add_argument("--threads", type=int, help="threads of torch and fuseopt (default: torch's choice)")
     p.add_argument("--seconds", type=float, default=4.0, help="a way of a case (default: 4)")
-    p.add_argument("--json", type=Path, metavar="PATH", help="where to write it (default: bench/results/)")
+    step.common(p)
     args = p.parse_args(argv)
-    if args.threads is not None and args.threads < 1:
-        p.error(f"--threads {args.threads}: give at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    args.quick = False
-    result = step.circumstances(args)
-    result["command"] = shlex.join(["python", "bench/host.py", *sys.argv[1:]])
+    result = step.begin(p, args, "host")
     print(report.machine(result) + "\n\ncase, tensors, way, fuseopt, torch, ratio (quartiles), parts of fuseopt in us")
     result["host"] = [
         row for name in args.cases for shape in args.shapes for row in measure_case(name, shape, args.seconds)
     ]
     print("\n" + verdicts(result["host"]))
-    day = result["date"].replace(":", "").replace("-", "")
-    path = args.json or step.HERE / "results" / f"{day}-{result['commit']}-host-{result['threads']}.json"
-    step.write_whole(path, result)
-    print(f"\nwritten: {path} (fuseopt {fuseopt.__version__})")
+    step.finish(args, result, f"host-{result['threads']}")
     return 0
 
 

@@ -9,10 +9,8 @@ them in an order drawn anew; ratios are medians within a round. Every other row,
 
 import argparse
 import random
-import shlex
 import sys
 import time
-from pathlib import Path
 
 import measure
 import report
@@ -102,17 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--elements", type=float, default=2**24, help="weights, about (default: 16M)")
     p.add_argument("--rounds", type=int, default=60, help="how often each variant runs (default: 60)")
-    p.add_argument("--threads", type=int, help="threads of torch and fuseopt (default: torch's choice)")
-    p.add_argument("--json", type=Path, metavar="PATH", help="where to write it (default: bench/results/)")
+    step.common(p)
     args = p.parse_args(argv)
-    if min(args.elements, args.rounds, args.threads or 1) < 1:
-        p.error("--elements, --rounds and --threads are at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    args.quick = False
-    result = step.circumstances(args)
-    result["command"] = shlex.join(["python", "bench/masks.py", *sys.argv[1:]])
+    if min(args.elements, args.rounds) < 1:
+        p.error("--elements and --rounds are at least 1")
+    result = step.begin(p, args, "masks")
     print(report.machine(result) + "\n\ncolumns, mask, mode, a step, relative to no mask (quartiles)")
     every = variants(int(args.elements))
     for one in every:
@@ -125,10 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             one.run()
     result |= {"others": others.share(), "masks": [row(one, every[0]) for one in every]}
     print("\n".join(map(line, result["masks"])))
-    day = result["date"].replace(":", "").replace("-", "")
-    path = args.json or step.HERE / "results" / f"{day}-{result['commit']}-masks.json"
-    step.write_whole(path, result)
-    print(f"\nwritten: {path}")
+    step.finish(args, result, "masks")
     return 0
 
 

@@ -10,7 +10,6 @@ Memory is the growth of the process's peak.
 
 import argparse
 import ctypes
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -188,23 +187,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
     p.add_argument("--elements", type=float, default=1e8, help="weights, about (default: 1e8)")
     p.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
-    p.add_argument("--threads", type=int, help="threads of torch and fuseopt (default: torch's choice)")
-    p.add_argument("--json", type=Path, metavar="PATH", help="where to write it (default: bench/results/)")
+    step.common(p)
     args = p.parse_args(argv)
-    if min(args.elements, args.rounds, args.threads or 1) < 1:
-        p.error("--elements, --rounds and --threads are at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    args.quick = False
-    result = step.circumstances(args)
-    result["command"] = shlex.join(["python", "bench/prune.py", *sys.argv[1:]])
+    if min(args.elements, args.rounds) < 1:
+        p.error("--elements and --rounds are at least 1")
+    result = step.begin(p, args, "prune")
     print(report.machine(result) + "\n\ncase, weights, fuseopt, torch, ratio (quartiles), extra memory of each")
     result["prune"] = [measure_case(name, int(args.elements), args.rounds) for name in args.cases]
-    day = result["date"].replace(":", "").replace("-", "")
-    path = args.json or step.HERE / "results" / f"{day}-{result['commit']}-prune.json"
-    step.write_whole(path, result)
-    print(f"\nwritten: {path}")
+    step.finish(args, result, "prune")
     return 0
 
 

@@ -121,6 +121,31 @@ def write_whole(path: Path, result: dict) -> None:
             raise
 
 
+def common(p: argparse.ArgumentParser) -> None:
+    """The arguments that the other scripts share."""
+    p.add_argument("--threads", type=int, help="threads of torch and fuseopt (default: torch's choice)")
+    p.add_argument("--json", type=Path, metavar="PATH", help="where to write it (default: bench/results/)")
+
+
+def begin(p: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> dict:
+    """Checks and sets the threads; the head of the script's result."""
+    if args.threads is not None and args.threads < 1:
+        p.error(f"--threads {args.threads}: give at least 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.quick = False
+    return circumstances(args) | {"command": shlex.join(["python", f"bench/{script}.py", *sys.argv[1:]])}
+
+
+def finish(args: argparse.Namespace, result: dict, name: str) -> None:
+    """Writes the script's result, under `name` unless --json says where."""
+    day = result["date"].replace(":", "").replace("-", "")
+    path = args.json or HERE / "results" / f"{day}-{result['commit']}-{name}.json"
+    write_whole(path, result)
+    print(f"\nwritten: {path}")
+
+
 def read(path: Path) -> dict:
     """A result that was written by `write_whole`; exits with one line if there is none."""
     try:
