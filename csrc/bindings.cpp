@@ -118,7 +118,7 @@ PYBIND11_MODULE(_C, m) {
   watch_forks();
   m.doc() = "fuseopt's compiled CPU step.";
   py::class_<TensorTable>(m, "TensorTable")
-      .def(py::init<>())
+      .def(py::init([] { return new TensorTable(true); }))
       .def("gather", &gather, "Reads groups, state and gradients; returns (group, index) of what it cannot take.")
       .def("__len__", [](const TensorTable& t) { return t.tensors.size(); })
       .def("release", &TensorTable::release, "Lets go of the parameters and gradients of the last gather().")

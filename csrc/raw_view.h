@@ -61,6 +61,7 @@ inline bool raw_view(const char* impl, TensorView* out) {
   char* data = field<char*>(storage, raw.at.data);
   // Memory that is not torch's own has another context; so has a lazy clone, to be copied before a write.
   if (ndim > kInlineDims || !data || data != field<char*>(storage, raw.at.context)) return false;
+  out->device = kHost;
   out->storage = storage_of(field<int16_t>(impl, raw.at.dtype));
   if (out->storage < 0) return false;
   out->data = data + field<int64_t>(impl, raw.at.storage_offset) * bytes_of(out->storage);

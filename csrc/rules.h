@@ -22,7 +22,7 @@ struct CounterValue {  // of a 0-dim fp32 or fp64 tensor
   double value;
   bool is_double;
   // Rounded as the tensor rounds, before anything is formed of it: so torch does.
-  double multiply(double by) { return value = is_double ? value * by : float(value) * float(by); }
+  FUSEOPT_INLINE double multiply(double by) { return value = is_double ? value * by : float(value) * float(by); }
 };
 
 // torch.lerp: m + w(g - m), written from the nearer end so that w = 1 gives g exactly.
@@ -41,7 +41,7 @@ struct AdamRule {
   struct Scalars {
     T one_minus_beta1, beta2, one_minus_beta2, eps, minus_step_size, sqrt_bias_correction2;
   };
-  static Scalars<double> prepare(const double* hyper, CounterValue* counter) {
+  static FUSEOPT_INLINE Scalars<double> prepare(const double* hyper, CounterValue* counter) {
     const double t = counter[0].value += 1;
     const double bias_correction1 = 1 - std::pow(hyper[beta1], t);
     const double bias_correction2 = 1 - std::pow(hyper[beta2], t);
@@ -70,7 +70,7 @@ struct Sgd {
   struct Scalars {
     T minus_lr;
   };
-  static Scalars<double> prepare(const double* hyper, CounterValue*) { return {-hyper[lr]}; }
+  static FUSEOPT_INLINE Scalars<double> prepare(const double* hyper, CounterValue*) { return {-hyper[lr]}; }
   template <class T>
   static FUSEOPT_INLINE void update(T& p, T g, T*, const Scalars<T>& s) {
     p = fma(s.minus_lr, g, p);
@@ -85,7 +85,7 @@ struct SgdMomentum {
     T minus_lr, momentum, one_minus_dampening, nesterov, first;
   };
   // counter[0] is 1 where the buffer is new: it then starts as the undamped gradient.
-  static Scalars<double> prepare(const double* hyper, CounterValue* counter) {
+  static FUSEOPT_INLINE Scalars<double> prepare(const double* hyper, CounterValue* counter) {
     return {-hyper[lr], hyper[momentum], 1 - hyper[dampening], hyper[nesterov], counter[0].value};
   }
   template <class T>
@@ -104,7 +104,7 @@ struct NAdam {
   struct Scalars {
     T one_minus_beta1, beta2, one_minus_beta2, eps, bias_correction2, grad_step, moment_step;
   };
-  static Scalars<double> prepare(const double* hyper, CounterValue* counter) {
+  static FUSEOPT_INLINE Scalars<double> prepare(const double* hyper, CounterValue* counter) {
     const double t = counter[0].value += 1;
     const double mu = hyper[beta1] * (1 - 0.5 * std::pow(0.96, t * hyper[momentum_decay]));
     const double mu_next = hyper[beta1] * (1 - 0.5 * std::pow(0.96, (t + 1) * hyper[momentum_decay]));
@@ -133,7 +133,7 @@ struct Adagrad {
   struct Scalars {
     T minus_lr, eps;
   };
-  static Scalars<double> prepare(const double* hyper, CounterValue* counter) {
+  static FUSEOPT_INLINE Scalars<double> prepare(const double* hyper, CounterValue* counter) {
     const double t = counter[0].value += 1;
     return {-(hyper[lr] / (1 + (t - 1) * hyper[lr_decay])), hyper[eps]};
   }
@@ -151,7 +151,7 @@ struct Lion {
   struct Scalars {
     T minus_lr, one_minus_beta1, one_minus_beta2;
   };
-  static Scalars<double> prepare(const double* hyper, CounterValue*) {
+  static FUSEOPT_INLINE Scalars<double> prepare(const double* hyper, CounterValue*) {
     return {-hyper[lr], 1 - hyper[beta1], 1 - hyper[beta2]};
   }
   template <class T>

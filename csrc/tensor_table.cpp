@@ -9,8 +9,8 @@
 namespace fuseopt {
 namespace {
 
-// Positions in the tuple that describes a group; see fuseopt/backends.py.
-enum Spec { kParams, kRule, kSlots, kCounters, kEmas, kHyper, kStage, kMaxNorm };
+// Positions in the tuple that describes a group; see fuseopt/cpu.py. The last is there for a GPU alone.
+enum Spec { kParams, kRule, kSlots, kCounters, kEmas, kHyper, kStage, kMaxNorm, kDevice };
 
 // And in the tuple of each of its averages.
 enum Average { kKey, kWeight, kNarrow, kPassed };
@@ -22,6 +22,21 @@ void read_doubles(PyObject* tuple, double* out, int most) {
   if (size(tuple) > most) throw std::length_error("fuseopt: more scalars than the kernels take");
   for (int k = 0; k < size(tuple); ++k) out[k] = PyFloat_AsDouble(item(tuple, k));
   if (PyErr_Occurred()) throw std::runtime_error("fuseopt: a scalar is not a number");
+}
+
+// And in the tuple for a GPU; see fuseopt/cuda.py.
+enum OnDevice { kLr, kL2, kL1, kDecoupled, kPruneFrom, kSchedules };
+
+DeviceOptions read_device_options(PyObject* tuple) {
+  DeviceOptions out;
+  if (TensorView lr; view(item(tuple, kLr), &lr)) out.lr = lr.data, out.lr_is_double = lr.storage == 1;
+  out.l2 = PyFloat_AsDouble(item(tuple, kL2)), out.l1 = PyFloat_AsDouble(item(tuple, kL1));
+  out.decoupled = item(tuple, kDecoupled) == Py_True;
+  out.prune_from = PyFloat_AsDouble(item(tuple, kPruneFrom));
+  PyObject* schedules = item(tuple, kSchedules);
+  for (int k = 0; k < size(schedules); ++k)
+    read_doubles(item(schedules, k), &out.ema[k].decay, sizeof(Average) / sizeof(double));
+  return out;
 }
 
 Group read_group(PyObject* spec, double inv_grad_scale) {
@@ -41,6 +56,7 @@ Group read_group(PyObject* spec, double inv_grad_scale) {
     group.ema_narrow[group.n_ema++] = item(average, kNarrow) == Py_True;
   }
   group.stage.inv_grad_scale = inv_grad_scale;
+  if (size(spec) > kDevice) group.device = read_device_options(item(spec, kDevice));
   return group;
 }
 
@@ -64,60 +80,13 @@ class Cursor {
   Py_ssize_t position_ = 0;
 };
 
-bool read(PyObject* object, TensorView* out, Trail& trail) {
-  if (!object) return false;
-  if (is_raw(object) && raw_view(impl_of(object), out)) return trail.tensor(object), true;
-  return view(object, out) && (out->data || out->count() == 0);  // no address: its storage was freed
-}
-
-// The address of a state tensor if it has the parameter's layout, else nullptr.
-void* read_stream(PyObject* object, const TensorView& p, int storage, Trail& trail) {
-  TensorView v;
-  if (!read(object, &v, trail) || v.storage != storage || !v.same_layout(p)) return nullptr;
-  static char empty;
-  return p.count() == 0 ? &empty : v.data;
-}
-
-bool read_counter(PyObject* object, Counter* out, Trail& trail) {
-  TensorView v;
-  if (!read(object, &v, trail) || v.count() != 1 || (v.storage != 0 && v.storage != 1)) return false;
-  *out = {v.data, v.storage == 1, v.storage == 1 ? *static_cast<double*>(v.data) : *static_cast<float*>(v.data)};
-  return true;
-}
-
 PyObject* key(const char* name) { return PyUnicode_InternFromString(name); }
-
-// Packed bits, as whole 32-bit words.
-uint32_t* read_bits(PyObject* object, int64_t bits) {
-  TensorView v;
-  if (!view(object, &v) || v.storage != kBits || v.count() < (bits + 31) / 32 * 4 || !v.dense()) return nullptr;
-  if (reinterpret_cast<uintptr_t>(v.data) % sizeof(uint32_t) != 0) return nullptr;
-  return static_cast<uint32_t*>(v.data);
-}
 
 bool none(const BitMask& mask) {
   const int64_t whole = mask.period / 32, rest = mask.period % 32;
   for (int64_t w = 0; w < whole; ++w)
     if (mask.words[w]) return false;
   return rest == 0 || (mask.words[whole] & ((1u << rest) - 1)) == 0;
-}
-
-bool read_mask(PyObject* state, Tensor* t) {
-  static PyObject *keep = key("mask_keep"), *period = key("mask_period"), *inner = key("mask_inner"),
-                  *freeze = key("mask_freeze");
-  PyObject* bits = PyDict_GetItemWithError(state, keep);
-  if (!bits) return true;
-  PyObject *period_value = PyDict_GetItemWithError(state, period), *inner_value = PyDict_GetItemWithError(state, inner),
-           *freeze_value = PyDict_GetItemWithError(state, freeze);
-  if (!period_value || !inner_value || !freeze_value) return false;
-  t->keep.period = PyLong_AsLongLong(period_value);
-  t->keep.inner = PyLong_AsLongLong(inner_value);
-  t->freeze = PyObject_IsTrue(freeze_value) == 1;
-  if (PyErr_Occurred() || t->keep.period < 1 || t->keep.inner < 1) return PyErr_Clear(), false;
-  t->keep.words = read_bits(bits, t->keep.period);
-  if (!t->keep.words) return false;
-  t->all_frozen = t->freeze && none(t->keep);
-  return true;
 }
 
 // Whether the parameter's memory has the order in which its masks' bits lie; see stages/mask.py.
@@ -150,30 +119,6 @@ bool is_empty(const void* ema, int storage, int64_t n) {
   }
 }
 
-bool add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, bool fresh, Trail& trail) {
-  static PyObject* prune_mask = key("prune_mask");
-  PyObject *slots = item(spec, kSlots), *counters = item(spec, kCounters), *emas = item(spec, kEmas);
-  trail.dict(state);
-  Cursor cursor(state);  // asks in the order in which plan.complete_state makes them
-  for (int k = 0; k < size(counters); ++k)
-    if (!read_counter(cursor.find(item(counters, k)), &t->counter[k], trail)) return false;
-  for (int k = 0; k < size(slots); ++k)
-    if (!(t->slot[k] = read_stream(cursor.find(item(slots, k)), p, p.storage, trail))) return false;
-  for (int k = 0, passed = 0; k < size(emas); ++k) {
-    PyObject *average = item(emas, k), *found = cursor.find(item(average, kKey));
-    if (!found) return false;
-    if (item(average, kPassed) != Py_True) continue;
-    const int storage = p.storage == 1 ? 1 : item(average, kNarrow) == Py_True ? p.storage : 0;
-    if (!(t->ema[passed++] = read_stream(found, p, storage, trail))) return false;
-  }
-  if (size(counters) == 0) t->counter[0].value = fresh;  // for rules without a step count
-  if (PyDict_Size(state) == size(slots) + size(emas) + size(counters) || t->n == 0) return true;  // no masks
-  if (!read_mask(state, t)) return false;
-  PyObject* bits = PyDict_GetItemWithError(state, prune_mask);
-  if (bits && !(t->pruned = read_bits(bits, t->n))) return false;
-  return (!t->keep.words && !t->pruned) || in_order_of_bits(state, p);
-}
-
 // Of averages that only become sparser in this step: those of a tensor in which nothing is pruned, or without a value.
 void drop_idle_averages(const Group& group, Tensor* t) {
   for (int k = 0; k < group.n_ema; ++k) {
@@ -184,14 +129,86 @@ void drop_idle_averages(const Group& group, Tensor* t) {
 
 }  // namespace
 
+bool TensorTable::read(PyObject* object, TensorView* out) {
+  if (!object) return false;
+  if (is_raw(object) && raw_view(impl_of(object), out)) return trail_.tensor(object), out->device == device;
+  return view(object, out) && out->device == device && (out->data || out->count() == 0);  // no address: its storage was freed
+}
+
+// The address of a state tensor if it has the parameter's layout, else nullptr.
+void* TensorTable::read_stream(PyObject* object, const TensorView& p, int storage) {
+  TensorView v;
+  if (!read(object, &v) || v.storage != storage || !v.same_layout(p)) return nullptr;
+  static char empty;
+  return p.count() == 0 ? &empty : v.data;
+}
+
+bool TensorTable::read_counter(PyObject* object, Counter* out) {
+  TensorView v;
+  if (!read(object, &v) || v.count() != 1 || (v.storage != 0 && v.storage != 1)) return false;
+  *out = {v.data, v.storage == 1, 0};
+  if (on_host) out->value = out->is_double ? *static_cast<double*>(v.data) : *static_cast<float*>(v.data);
+  return true;
+}
+
+// Packed bits, as whole 32-bit words.
+uint32_t* TensorTable::read_bits(PyObject* object, int64_t bits) {
+  TensorView v;
+  if (!view(object, &v) || v.device != device || v.storage != kBits || v.count() < (bits + 31) / 32 * 4 || !v.dense()) return nullptr;
+  if (reinterpret_cast<uintptr_t>(v.data) % sizeof(uint32_t) != 0) return nullptr;
+  return static_cast<uint32_t*>(v.data);
+}
+
+bool TensorTable::read_mask(PyObject* state, Tensor* t) {
+  static PyObject *keep = key("mask_keep"), *period = key("mask_period"), *inner = key("mask_inner"),
+                  *freeze = key("mask_freeze");
+  PyObject* bits = PyDict_GetItemWithError(state, keep);
+  if (!bits) return true;
+  PyObject *period_value = PyDict_GetItemWithError(state, period), *inner_value = PyDict_GetItemWithError(state, inner),
+           *freeze_value = PyDict_GetItemWithError(state, freeze);
+  if (!period_value || !inner_value || !freeze_value) return false;
+  t->keep.period = PyLong_AsLongLong(period_value);
+  t->keep.inner = PyLong_AsLongLong(inner_value);
+  t->freeze = PyObject_IsTrue(freeze_value) == 1;
+  if (PyErr_Occurred() || t->keep.period < 1 || t->keep.inner < 1) return PyErr_Clear(), false;
+  t->keep.words = read_bits(bits, t->keep.period);
+  if (!t->keep.words) return false;
+  t->all_frozen = t->freeze && on_host && none(t->keep);
+  return true;
+}
+
+bool TensorTable::add_state(Tensor* t, const TensorView& p, PyObject* state, PyObject* spec, bool fresh) {
+  static PyObject* prune_mask = key("prune_mask");
+  PyObject *slots = item(spec, kSlots), *counters = item(spec, kCounters), *emas = item(spec, kEmas);
+  trail_.dict(state);
+  Cursor cursor(state);  // asks in the order in which plan.complete_state makes them
+  for (int k = 0; k < size(counters); ++k)
+    if (!read_counter(cursor.find(item(counters, k)), &t->counter[k])) return false;
+  for (int k = 0; k < size(slots); ++k)
+    if (!(t->slot[k] = read_stream(cursor.find(item(slots, k)), p, p.storage))) return false;
+  for (int k = 0, passed = 0; k < size(emas); ++k) {
+    PyObject *average = item(emas, k), *found = cursor.find(item(average, kKey));
+    if (!found) return false;
+    if (item(average, kPassed) != Py_True) continue;
+    const int storage = p.storage == 1 ? 1 : item(average, kNarrow) == Py_True ? p.storage : 0;
+    if (!(t->ema[passed++] = read_stream(found, p, storage))) return false;
+  }
+  if (size(counters) == 0) t->counter[0].value = fresh;  // for rules without a step count
+  if (PyDict_Size(state) == size(slots) + size(emas) + size(counters) || t->n == 0) return true;  // no masks
+  if (!read_mask(state, t)) return false;
+  PyObject* bits = PyDict_GetItemWithError(state, prune_mask);
+  if (bits && !(t->pruned = read_bits(bits, t->n))) return false;
+  return (!t->keep.words && !t->pruned) || in_order_of_bits(state, p);
+}
+
 bool TensorTable::add(PyObject* param, const TensorView& g, PyObject* state, PyObject* spec, int group, bool fresh) {
   TensorView p;
-  if (!read(param, &p, trail_)) return false;
+  if (!read(param, &p)) return false;
   if (p.storage < 0 || p.storage == kBits || g.storage != p.storage || !p.dense() || !g.same_layout(p)) return false;
   Tensor& t = tensors.emplace_back();
   t.group = group, t.storage = p.storage, t.n = p.count(), t.p = p.data, t.g = g.data;
-  if (!add_state(&t, p, state, spec, fresh, trail_)) return tensors.pop_back(), false;
-  drop_idle_averages(groups[group], &t);
+  if (!add_state(&t, p, state, spec, fresh)) return tensors.pop_back(), false;
+  if (on_host) drop_idle_averages(groups[group], &t);
   return true;
 }
 
@@ -216,12 +233,12 @@ TensorTable::Grad TensorTable::read_grad(PyObject* param, PyObject* replacement,
     return Grad::kNone;
   }
   held_.push_back(grad);
-  return read(grad, out, trail_) && placed_alike(param, grad) ? Grad::kRead : Grad::kUnreadable;
+  return read(grad, out) && placed_alike(param, grad) ? Grad::kRead : Grad::kUnreadable;
 }
 
 // False if Python must see to this parameter; true also if it has no gradient.
 bool TensorTable::gather_one(PyObject* param, PyObject* own, PyObject* state, PyObject* replacement, PyObject* spec,
-                             int group) {
+                             int group, int position) {
   static PyObject* nothing = PyDict_New();
   TensorView g;
   PyObject* stepped = replacement && item(replacement, 2) != Py_None ? item(replacement, 2) : param;
@@ -231,13 +248,14 @@ bool TensorTable::gather_one(PyObject* param, PyObject* own, PyObject* state, Py
   if (!own) own = PyDict_GetItemWithError(state, param);
   if (!own) own = nothing;
   if (!PyDict_Check(own) || !add(stepped, g, own, spec, group, fresh)) return false;
+  tensors.back().position = position;
   Py_INCREF(param);
   params.push_back(param);
   return true;
 }
 
-void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, double inv_grad_scale) {
-  groups.clear(), tensors.clear(), problems.clear(), sharded = false;
+void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, double inv_grad_scale, int on, int first) {
+  groups.clear(), tensors.clear(), problems.clear(), sharded = false, device = on;
   release();
   trail_.restart();
   const bool any_replaced = PyDict_Size(grads) > 0;
@@ -249,7 +267,7 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
     PyObject* spec = PyList_GET_ITEM(specs, k);
     groups.push_back(read_group(spec, inv_grad_scale));
     PyObject* list = item(spec, kParams);
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i, ++first) {
       PyObject* param = PyList_GET_ITEM(list, i);
       PyObject* own = nullptr;
       if (param == next_param) {
@@ -258,7 +276,7 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
       }
       PyObject* replacement = any_replaced ? PyDict_GetItemWithError(grads, param) : nullptr;
       sharded = sharded || is_dtensor(param);
-      if (!gather_one(param, own, state, replacement, spec, int(k))) problems.push_back({int(k), int(i)});
+      if (!gather_one(param, own, state, replacement, spec, int(k), first)) problems.push_back({int(k), int(i)});
     }
   }
   if (!problems.empty()) tensors.clear(), release();
@@ -270,7 +288,7 @@ void TensorTable::cut(bool all_frozen_too) {
   int64_t total = 0;
   for (const Tensor& t : tensors) total += t.n;
   // An item is worth handing to a thread, and long enough that its streams seldom start anew.
-  const int64_t item_elements = std::max(2 * kBlock, std::min(64 * kBlock, total / 32));
+  const int64_t item_elements = std::max(8 * kBlock, std::min(256 * kBlock, total / 32));
   items.push_back(0);
   int64_t filled = 0;
   for (int k = 0; k < int(tensors.size()); ++k) {

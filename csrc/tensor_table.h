@@ -7,22 +7,30 @@
 #include <utility>
 #include <vector>
 
+#include "averages.h"
 #include "pipeline.h"
 #include "raw_view.h"
 #include "streams.h"
+#include "sums.h"
 
 struct _object;  // PyObject
 
 namespace fuseopt {
 
-// Sums are formed block by block, so kBlock is part of their value.
-constexpr int64_t kBlock = 16384;  // elements of one tensor that one thread takes at a time
-constexpr int kMaxEma = 8;
-
 struct Counter {  // a 0-dim fp32 or fp64 tensor of state, such as `step`
   void* data = nullptr;
   bool is_double = false;
-  double value = 0;  // what the step will write back
+  double value = 0;  // what the step will write back; on a GPU it is not read
+};
+
+// What a group's scalars are formed of where that is done on the GPU, which alone knows whether the step counts.
+struct DeviceOptions {
+  const void* lr = nullptr;  // on the device, fp32 or fp64; nullptr: hyper[0] is it
+  bool lr_is_double = false;
+  double l2, l1;    // weight_decay and l1
+  bool decoupled;
+  double prune_from;  // stage.prune_below holds from this step on
+  Average ema[kMaxEma];
 };
 
 struct Group {  // what all parameters of a param_group share
@@ -32,11 +40,13 @@ struct Group {  // what all parameters of a param_group share
   double max_grad_norm;  // 0: no clipping
   double ema_weight[kMaxEma];  // of the averages that the pass works on
   bool ema_narrow[kMaxEma];    // kept in the parameter's type, not in that of the arithmetic
+  DeviceOptions device;
 };
 
 struct Tensor {
   Tensor() {}  // leaves unset what add() sets: zeroing it all would take longer
   int group;
+  int position;  // among all parameters of the optimizer
   int storage;  // index in FUSEOPT_STORAGES
   int64_t n;    // elements; all streams lie in memory in the same order
   void* p;
@@ -63,8 +73,10 @@ struct Problem {  // a parameter the table cannot hold as it is; Python finds ou
 
 class TensorTable {
  public:
-  TensorTable() = default;
+  explicit TensorTable(bool on_host) : on_host(on_host) {}
   TensorTable(const TensorTable&) = delete;
+  const bool on_host;  // the memory of its tensors can be read here
+  int device = kHost;  // where they lie
   std::vector<Group> groups;
   std::vector<Tensor> tensors;
   std::vector<Block> blocks;  // of what is not all_frozen, unless cut() was asked for all
@@ -82,10 +94,11 @@ class TensorTable {
   // step runs without the interpreter's lock, another thread may drop a gradient.
   void release();
 
-  // `groups`: a list of tuples as fuseopt/backends.py makes them. `state`: the optimizer's. `grads`: a
+  // `groups`: a list of tuples as fuseopt/cpu.py makes them. `state`: the optimizer's. `grads`: a
   // dict from a parameter to (gradient to use in place of `.grad`, whether its moments are new, tensor to use
   // in its own place or None). After it returns, `problems` is empty or nothing may be run. Throws only if a tuple is malformed.
-  void gather(_object* groups, _object* state, _object* grads, double inv_grad_scale);
+  // `on`: the device on which all must lie. `first`: the position of the first parameter.
+  void gather(_object* groups, _object* state, _object* grads, double inv_grad_scale, int on = kHost, int first = 0);
 
   // Fills blocks and items.
   void cut(bool all_frozen_too = false);
@@ -93,8 +106,14 @@ class TensorTable {
  private:
   enum class Grad { kRead, kNone, kUnreadable };
   Grad read_grad(_object* param, _object* replacement, TensorView* out);
-  bool gather_one(_object* param, _object* own, _object* state, _object* replacement, _object* spec, int group);
+  bool gather_one(_object* param, _object* own, _object* state, _object* replacement, _object* spec, int group, int position);
   bool add(_object* param, const TensorView& grad, _object* state, _object* spec, int group, bool fresh);
+  bool add_state(Tensor* t, const TensorView& p, _object* state, _object* spec, bool fresh);
+  bool read(_object* object, TensorView* out);
+  void* read_stream(_object* object, const TensorView& p, int storage);
+  bool read_counter(_object* object, Counter* out);
+  uint32_t* read_bits(_object* object, int64_t bits);
+  bool read_mask(_object* state, Tensor* t);
   std::vector<_object*> held_;    // gradients that Python knows
   std::vector<void*> references_;  // and those that it does not; see raw_grad
   Trail trail_;

@@ -11,13 +11,14 @@ using Handle = void*;  // AtenTensorHandle: the address of an at::Tensor
 struct Shim {
   int32_t (*layout)(Handle, int32_t*);
   int32_t (*device_type)(Handle, int32_t*);
+  int32_t (*device_index)(Handle, int32_t*);
   int32_t (*dtype)(Handle, int32_t*);
   int32_t (*dim)(Handle, int64_t*);
   int32_t (*sizes)(Handle, int64_t**);
   int32_t (*strides)(Handle, int64_t**);
   int32_t (*data_ptr)(Handle, void**);
 };
-constexpr int32_t kStrided = 0, kCpu = 0;  // c10::Layout, c10::DeviceType
+constexpr int32_t kStrided = 0, kCpu = 0, kCuda = 1;  // c10::Layout, c10::DeviceType
 
 PyTypeObject* tensor_type;
 PyTypeObject* parameter_type;
@@ -40,14 +41,15 @@ bool is_plain(PyObject* object) {
 
 bool view_by_shim(PyObject* object, TensorView* out) {
   const Handle tensor = reinterpret_cast<char*>(object) + handle_offset;
-  int32_t layout, device, dtype;
+  int32_t layout, kind, device, dtype;
   int64_t ndim, *shape, *strides;
   if (shim.layout(tensor, &layout) || layout != kStrided) return false;
-  if (shim.device_type(tensor, &device) || shim.dtype(tensor, &dtype) || shim.dim(tensor, &ndim) ||
+  if (shim.device_type(tensor, &kind) || shim.device_index(tensor, &device) || shim.dtype(tensor, &dtype) || shim.dim(tensor, &ndim) ||
       shim.sizes(tensor, &shape) || shim.strides(tensor, &strides) ||
       shim.data_ptr(tensor, &out->data))
     return false;
-  out->storage = device == kCpu ? storage_of(dtype) : -1;
+  out->device = kind == kCuda ? device : kHost;
+  out->storage = kind == kCpu || kind == kCuda ? storage_of(dtype) : -1;
   out->ndim = int(ndim);
   out->shape = shape;
   out->strides = strides;
@@ -58,7 +60,7 @@ bool view_by_python(PyObject* object, TensorView* out) {
   PyObject* row = PyObject_CallOneArg(describe, object);
   Py_ssize_t address;
   PyObject *shape, *strides;
-  bool ok = row && PyArg_ParseTuple(row, "niO!O!", &address, &out->storage, &PyTuple_Type, &shape, &PyTuple_Type,
+  bool ok = row && PyArg_ParseTuple(row, "niiO!O!", &address, &out->device, &out->storage, &PyTuple_Type, &shape, &PyTuple_Type,
                                     &strides) && PyTuple_GET_SIZE(shape) <= TensorView::kMaxDims;
   if (ok) {
     out->data = reinterpret_cast<void*>(address);

@@ -9,10 +9,13 @@
 
 namespace fuseopt {
 
+constexpr int kHost = -1;
+
 struct TensorView {
   static constexpr int kMaxDims = 24;
   void* data = nullptr;
-  int storage = -1;  // index in FUSEOPT_STORAGES; kBits for uint8; -1 for any other type or device
+  int device = kHost;  // or the number of a CUDA device
+  int storage = -1;  // index in FUSEOPT_STORAGES; kBits for uint8; -1 for any other type or kind of device
   int ndim = 0;
   const int64_t* shape = nullptr;    // valid until the tensor changes
   const int64_t* strides = nullptr;  // in elements
@@ -37,7 +40,7 @@ inline int storage_of(int32_t scalar_type) {  // of a c10::ScalarType
 }
 
 // Called once at import: torch.Tensor, torch.nn.Parameter, `describe(tensor)` which returns (address,
-// storage, shape, strides), and from fuseopt/torch_abi.py the addresses of torch's C functions with the
+// device, storage, shape, strides), and from fuseopt/torch_abi.py the addresses of torch's C functions with the
 // offset of the at::Tensor in a Python tensor. Without functions, `describe` is used.
 void set_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* describe,
                const std::vector<intptr_t>& functions, Py_ssize_t offset);

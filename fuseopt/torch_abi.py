@@ -15,7 +15,7 @@ from torch import Tensor
 from . import schema
 
 # In the order of `struct Shim` in csrc/tensor_view.cpp.
-FUNCTIONS = ("layout", "device_type", "dtype", "dim", "sizes", "strides", "data_ptr")
+FUNCTIONS = ("layout", "device_type", "device_index", "dtype", "dim", "sizes", "strides", "data_ptr")
 
 
 def find() -> tuple[list[int], int]:
@@ -50,9 +50,10 @@ def _offset(samples: list[Tensor]) -> int | None:
     return None
 
 
-def describe(t: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """(address, storage id, shape, strides): the same through Python."""
+def describe(t: Tensor) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...]]:
+    """(address, number of the CUDA device or -1, storage id, shape, strides): the same through Python."""
     storage = schema.BITS if t.dtype == torch.uint8 else schema.STORAGES.get(t.dtype, -1)
-    if t.device.type != "cpu" or t.layout != torch.strided:
-        return 0, -1, (), ()
-    return t.data_ptr(), storage, tuple(t.shape), tuple(t.stride())
+    if t.device.type not in ("cpu", "cuda") or t.layout != torch.strided:
+        return 0, -1, -1, (), ()
+    device = t.device.index if t.device.type == "cuda" else -1
+    return t.data_ptr(), device, storage, tuple(t.shape), tuple(t.stride())

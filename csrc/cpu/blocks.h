@@ -34,15 +34,6 @@ void for_each_block(const TensorTable& table, const Fn& fn) {
   });
 }
 
-// The sum of the lanes that a run of n elements touched, by halving: the same on any machine.
-inline double add_lanes(double* lanes, int64_t n) {
-  int64_t width = 1;
-  while (width < n && width < kLanes) width *= 2;
-  for (width /= 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
-
 struct BlockView {
   const Tensor& t;
   const Group& group;

@@ -3,6 +3,7 @@
 
 #include "../pipeline.h"
 #include "../streams.h"
+#include "../sums.h"
 
 namespace fuseopt {
 
@@ -14,7 +15,6 @@ constexpr int kRules = 0
 constexpr int kStorages = 4;
 
 constexpr int64_t kTile = 1024;  // elements that stay in the first-level cache between loops
-constexpr int64_t kLanes = 256;  // partial sums; part of the value of every sum
 
 // A run of elements of one tensor; of at most kTile where masks are involved. `keep` and `pruned` are words of bits, bit 0 of word 0 for the first
 // element; update_masked reads both, the others take nullptr for "all kept" and "none pruned".

@@ -61,14 +61,26 @@ void store_counters(const TensorTable& table) {
     }
 }
 
+// The sum of squares of each block's gradient.
+const std::vector<double>& block_squares(const TensorTable& table) {
+  static thread_local std::vector<double> sums;
+  sums.assign(table.blocks.size(), 0.0);
+  double* of_block = sums.data();
+  for_each_block(table, [&](int b) {
+    const BlockView view(table, table.blocks[b]);
+    alignas(64) double lanes[kLanes] = {};
+    for (int64_t begin = 0; begin < view.n; begin += kTile) {
+      const Tile tile(view, begin);
+      kernels().grad_norm[view.t.storage](tile.span, lanes);
+    }
+    of_block[b] = add_lanes(lanes, view.n);
+  });
+  return sums;
+}
+
 // The global L2 norm, where the table holds the whole model.
 double grad_norm(const TensorTable& table) {
-  static thread_local std::vector<double> squares;
-  squares.resize(table.tensors.size());
-  grad_squares(table, squares.data());
-  double total = 0;
-  for (double square : squares) total += square;
-  return std::sqrt(total);
+  return std::sqrt(add_blocks(block_squares(table)));
 }
 
 void clip(TensorTable& table, double norm) {
@@ -150,18 +162,7 @@ void step_item(const TensorTable& table, int item) {
 }  // namespace
 
 void grad_squares(const TensorTable& table, double* out) {
-  static thread_local std::vector<double> sums;
-  sums.assign(table.blocks.size(), 0.0);
-  double* of_block = sums.data();
-  for_each_block(table, [&](int b) {
-    const BlockView view(table, table.blocks[b]);
-    alignas(64) double lanes[kLanes] = {};
-    for (int64_t begin = 0; begin < view.n; begin += kTile) {
-      const Tile tile(view, begin);
-      kernels().grad_norm[view.t.storage](tile.span, lanes);
-    }
-    of_block[b] = add_lanes(lanes, view.n);
-  });
+  const std::vector<double>& sums = block_squares(table);
   std::fill(out, out + table.tensors.size(), 0.0);
   for (size_t b = 0; b < sums.size(); ++b) out[table.blocks[b].tensor] += sums[b];  // in the order of the blocks
 }

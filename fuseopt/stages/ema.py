@@ -6,7 +6,8 @@ type a bf16 average at 0.99 never moves) and in fp64 for fp64 ones. A parameter 
 out of a step, and its averages with it.
 
 Note: no value yet. The memory of an average is made at its parameter's first step, so that every checkpoint
-has the same entries, and holds NaN throughout until the first update. Nothing but that update writes to it.
+has the same entries, and holds NaN throughout until the first update, which copies the parameter into every entry
+that is NaN, whatever w is, frozen ones too. Nothing but that update writes to it.
 """
 
 from dataclasses import asdict, dataclass
@@ -123,11 +124,17 @@ def weight(options: dict, t: int) -> float:
 
 
 def update(e: Tensor, p: Tensor, w: float, pruned: Tensor | None, frozen: Tensor | None = None) -> Tensor:
-    """e + w*(p - e); e where frozen, +0.0 where pruned. p in the type of the arithmetic; e is rounded once."""
+    """e + w*(p - e), p where e is NaN; e where frozen, +0.0 where pruned.
+
+    p is in the type of the arithmetic; e is rounded once. With w = 0 a NaN stays.
+    """
+    empty = e.isnan()
     if w != 0:
         wide = e.to(p.dtype)
-        moved = (wide + w * (p - wide)).to(e.dtype)
-        e = moved if frozen is None else torch.where(frozen, e, moved)
+        moved = torch.where(empty, p, wide + w * (p - wide)).to(e.dtype)
+        e = moved if frozen is None else torch.where(frozen & ~empty, e, moved)
+    elif pruned is not None:
+        pruned = pruned & ~empty
     return e if pruned is None else torch.where(pruned, 0.0, e)
 
 
