@@ -119,8 +119,7 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
 def finish(opt, table, step: plan.Step, rows: list | None) -> None:
     """What is left to do after table.run, which returned `rows`."""
     if opt.defaults["statistics"]:
-        found = statistics.result(total_of(opt, table.params(), rows, statistics.WIDTH, table.sharded))
-        opt._statistics = lambda: found
+        opt._statistics = statistics.result(total_of(opt, table.params(), rows, statistics.WIDTH, table.sharded))
     put_back(opt, table)
 
 

@@ -81,8 +81,7 @@ def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
         step_parameter(opt, gs, p, g, clip.factor(gs.group["max_grad_norm"], norm), prepared[p].fresh)
         rows.append(statistics.row(free, before, local(p)) if opt.defaults["statistics"] else ())
     if opt.defaults["statistics"]:
-        found = statistics.result(_total(opt, params, rows, statistics.WIDTH))
-        opt._statistics = lambda: found
+        opt._statistics = statistics.result(_total(opt, params, rows, statistics.WIDTH))
 
 
 def _total(opt, params: list[Tensor], rows: list, width: int) -> list[float]:
