@@ -19,6 +19,29 @@ struct StageScalars {
 };
 constexpr int kStageScalars = sizeof(StageScalars<double>) / sizeof(double);
 
+FUSEOPT_INLINE double clip_factor(double max_grad_norm, double norm) {
+  const double factor = max_grad_norm / (norm + 1e-6);
+  return factor < 1 || factor != factor ? factor : 1;
+}
+
+// As stages/decay.py does, where lr is known on the GPU alone.
+FUSEOPT_INLINE void decouple_decay(StageScalars<double>& s, double lr, double weight_decay, double l1) {
+  s.decay = 1 - lr * weight_decay;
+  s.soft_threshold = lr * l1;
+}
+
+// Each scalar rounded once, from double.
+template <template <class> class Scalars, class T>
+FUSEOPT_INLINE Scalars<T> rounded(const double* in) {
+  constexpr int n = sizeof(Scalars<T>) / sizeof(T);
+  static_assert(n <= kMaxScalars || n == kStageScalars, "too many scalars");
+  T narrow[n];
+  for (int k = 0; k < n; ++k) narrow[k] = T(in[k]);
+  Scalars<T> out;
+  std::memcpy(&out, narrow, sizeof out);
+  return out;
+}
+
 // Stages 1 to 4: the gradient that the rule and the sums see. A masked entry is selected to zero, never
 // multiplied: 0 * inf is NaN. The norm that decides s.clip is formed by this function too, with clip = 1.
 template <class T>

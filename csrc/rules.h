@@ -171,4 +171,8 @@ struct Lion {
   X(Adagrad, "adagrad")        \
   X(Lion, "lion")
 
+#define FUSEOPT_COUNT(Rule, name) +1
+constexpr int kRules = 0 FUSEOPT_RULES(FUSEOPT_COUNT);
+#undef FUSEOPT_COUNT
+
 }  // namespace fuseopt

@@ -33,6 +33,20 @@ struct F16 {
 
 // The order here is the storage id of schema.py.
 #define FUSEOPT_STORAGES(X) X(F32) X(F64) X(BF16) X(F16)
+constexpr int kStorages = 4;
+
+template <class S> struct Wide { using type = F32; };  // how numbers of the type of the arithmetic are stored
+template <> struct Wide<F64> { using type = F64; };
+
+inline int64_t element_size(int storage) {
+  constexpr int64_t size[kStorages] = {sizeof(F32::raw), sizeof(F64::raw), sizeof(BF16::raw), sizeof(F16::raw)};
+  return size[storage];
+}
+
+inline int64_t compute_size(int storage) {
+  constexpr int64_t size[kStorages] = {sizeof(F32::compute), sizeof(F64::compute), sizeof(BF16::compute), sizeof(F16::compute)};
+  return size[storage];
+}
 
 // A mask that repeats: element i of the parameter has bit (i / inner) % period. One whole bit mask is
 // inner = 1, period = n; a row mask is inner = columns, period = rows; a column mask inner = 1,

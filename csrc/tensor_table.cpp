@@ -303,4 +303,26 @@ void TensorTable::cut(bool all_frozen_too) {
   if (items.back() != int(blocks.size())) items.push_back(int(blocks.size()));
 }
 
+bool overlapping(TensorTable& table) {
+  bool known = table.extents.size() == table.tensors.size();
+  table.extents.resize(table.tensors.size());
+  for (size_t k = 0; k < table.tensors.size(); ++k) {
+    const Tensor& t = table.tensors[k];
+    const char* begin = static_cast<const char*>(t.p);
+    const TensorTable::Extent now{begin, begin + t.n * element_size(t.storage)};
+    known = known && table.extents[k] == now;
+    table.extents[k] = now;
+  }
+  if (known) return table.in_order;
+  auto sorted = table.extents;
+  sorted.erase(std::remove_if(sorted.begin(), sorted.end(), [](const auto& e) { return e.first == e.second; }), sorted.end());
+  std::sort(sorted.begin(), sorted.end());
+  return std::adjacent_find(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.second > b.first; }) !=
+         sorted.end();
+}
+
+bool clips(const TensorTable& table) {
+  return std::any_of(table.groups.begin(), table.groups.end(), [](const Group& g) { return g.max_grad_norm > 0; });
+}
+
 }  // namespace fuseopt

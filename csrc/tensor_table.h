@@ -7,8 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "averages.h"
-#include "pipeline.h"
+#include "groups.h"
 #include "raw_view.h"
 #include "streams.h"
 #include "sums.h"
@@ -21,26 +20,6 @@ struct Counter {  // a 0-dim fp32 or fp64 tensor of state, such as `step`
   void* data = nullptr;
   bool is_double = false;
   double value = 0;  // what the step will write back; on a GPU it is not read
-};
-
-// What a group's scalars are formed of where that is done on the GPU, which alone knows whether the step counts.
-struct DeviceOptions {
-  const void* lr = nullptr;  // on the device, fp32 or fp64; nullptr: hyper[0] is it
-  bool lr_is_double = false;
-  double l2, l1;    // weight_decay and l1
-  bool decoupled;
-  double prune_from;  // stage.prune_below holds from this step on
-  Average ema[kMaxEma];
-};
-
-struct Group {  // what all parameters of a param_group share
-  int rule, slots, counters, n_ema;
-  double hyper[kMaxHyper];
-  StageScalars<double> stage;
-  double max_grad_norm;  // 0: no clipping
-  double ema_weight[kMaxEma];  // of the averages that the pass works on
-  bool ema_narrow[kMaxEma];    // kept in the parameter's type, not in that of the arithmetic
-  DeviceOptions device;
 };
 
 struct Tensor {
@@ -84,7 +63,7 @@ class TensorTable {
   std::vector<Problem> problems;
   std::vector<_object*> params;  // the parameters in `tensors`
   bool sharded = false;          // whether a parameter, stepped or not, is a DTensor
-  bool in_order = false;  // one tensor after the other: some share memory; see cpu/threads.h
+  bool in_order = false;  // one tensor after the other: some share memory; see overlapping()
   using Extent = std::pair<const char*, const char*>;
   std::vector<Extent> extents;  // the memory of each parameter at the last step
 
@@ -118,5 +97,11 @@ class TensorTable {
   std::vector<void*> references_;  // and those that it does not; see raw_grad
   Trail trail_;
 };
+
+// Whether two parameters of the table share memory: one listed twice, or views that overlap. torch steps them
+// one after the other, and so must we. The answer is kept until an address or a size changes.
+bool overlapping(TensorTable& table);
+
+bool clips(const TensorTable& table);  // whether any group does
 
 }  // namespace fuseopt

@@ -7,16 +7,6 @@
 
 namespace fuseopt {
 
-inline int64_t element_size(int storage) {
-  constexpr int64_t size[kStorages] = {sizeof(F32::raw), sizeof(F64::raw), sizeof(BF16::raw), sizeof(F16::raw)};
-  return size[storage];
-}
-
-inline int64_t compute_size(int storage) {
-  constexpr int64_t size[kStorages] = {sizeof(F32::compute), sizeof(F64::compute), sizeof(BF16::compute), sizeof(F16::compute)};
-  return size[storage];
-}
-
 // Calls fn(item) for every item of the table. Which thread does which is left open, so fn may only write
 // what belongs to its blocks.
 template <class Fn>

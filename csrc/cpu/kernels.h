@@ -7,13 +7,6 @@
 
 namespace fuseopt {
 
-constexpr int kRules = 0
-#define FUSEOPT_COUNT(Rule, name) +1
-    FUSEOPT_RULES(FUSEOPT_COUNT)
-#undef FUSEOPT_COUNT
-    ;
-constexpr int kStorages = 4;
-
 constexpr int64_t kTile = 1024;  // elements that stay in the first-level cache between loops
 
 // A run of elements of one tensor; of at most kTile where masks are involved. `keep` and `pruned` are words of bits, bit 0 of word 0 for the first

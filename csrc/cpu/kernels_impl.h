@@ -5,19 +5,6 @@
 namespace fuseopt {
 namespace FUSEOPT_ISA {
 
-template <template <class> class Scalars, class T>
-FUSEOPT_INLINE Scalars<T> rounded(const void* in) {  // each scalar rounded once, from double
-  constexpr int n = sizeof(Scalars<T>) / sizeof(T);
-  static_assert(n <= kMaxScalars || n == kStageScalars, "too many scalars");
-  double wide[n];
-  T narrow[n];
-  std::memcpy(wide, in, sizeof wide);
-  for (int k = 0; k < n; ++k) narrow[k] = T(wide[k]);
-  Scalars<T> out;
-  std::memcpy(&out, narrow, sizeof out);
-  return out;
-}
-
 // A table, not a shift: GCC turns `word >> bit & 1` as a condition into a form that it cannot vectorise.
 static const uint32_t bit_table[32] = {
     1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,  1u << 8,  1u << 9,  1u << 10,
@@ -30,9 +17,6 @@ constexpr int64_t kAhead = 2048;  // bytes
 FUSEOPT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
   for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(static_cast<const char*>(at) + kAhead + k);
 }
-
-template <class S> struct Wide { using type = F32; };  // how numbers of the type of the arithmetic are stored
-template <> struct Wide<F64> { using type = F64; };
 
 template <class Rule, class S, bool averaged>
 struct Streams {  // typed pointers and rounded scalars of a span
@@ -48,7 +32,7 @@ struct Streams {  // typed pointers and rounded scalars of a span
 
   explicit FUSEOPT_INLINE Streams(const Span& a)
       : p(static_cast<raw*>(a.p)), g(static_cast<const raw*>(a.g)), ema(static_cast<T*>(a.ema)),
-        ema_weight(T(a.ema_weight)), stage(rounded<StageScalars, T>(a.stage)),
+        ema_weight(T(a.ema_weight)), stage(rounded<StageScalars, T>(&a.stage->inv_grad_scale)),
         rule(rounded<Rule::template Scalars, T>(a.scalars)) {
     for (int k = 0; k < Rule::slots; ++k) slot[k] = static_cast<raw*>(a.slot[k]);
   }
@@ -156,7 +140,7 @@ template <class S>
 void grad_norm(const Span& a, double* __restrict__ lanes) {
   using T = typename S::compute;
   const auto* g = static_cast<const typename S::raw*>(a.g);
-  const auto s = rounded<StageScalars, T>(a.stage);
+  const auto s = rounded<StageScalars, T>(&a.stage->inv_grad_scale);
   const bool masked = a.keep || a.pruned;
   for (int64_t begin = 0; begin < a.n; begin += kLanes) {
     const int count = a.n - begin < kLanes ? int(a.n - begin) : kLanes;
@@ -182,7 +166,7 @@ void statistics(const void* previous, const Span& a, Sums* sums) {
   const auto* before = static_cast<const typename S::raw*>(previous);
   const auto* p = static_cast<const typename S::raw*>(a.p);
   const auto* g = static_cast<const typename S::raw*>(a.g);
-  auto s = rounded<StageScalars, T>(a.stage);
+  auto s = rounded<StageScalars, T>(&a.stage->inv_grad_scale);
   s.clip = T(1);  // the norm is of the gradient before clipping
   int64_t zeros = 0, nonfinite = 0;
   for (int64_t begin = 0; begin < a.n; begin += 32) {

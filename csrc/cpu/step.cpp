@@ -84,15 +84,11 @@ double grad_norm(const TensorTable& table) {
 }
 
 void clip(TensorTable& table, double norm) {
-  const bool any = std::any_of(table.groups.begin(), table.groups.end(), [](const Group& g) { return g.max_grad_norm > 0; });
   for (Group& group : table.groups) group.stage.clip = 1;
-  if (!any) return;
+  if (!clips(table)) return;
   if (norm < 0) norm = grad_norm(table);
-  for (Group& group : table.groups) {
-    if (group.max_grad_norm <= 0) continue;
-    const double factor = group.max_grad_norm / (norm + 1e-6);
-    group.stage.clip = factor < 1 || factor != factor ? factor : 1;
-  }
+  for (Group& group : table.groups)
+    if (group.max_grad_norm > 0) group.stage.clip = clip_factor(group.max_grad_norm, norm);
 }
 
 // Every stage on one tile; what several loops share stays in the first-level cache.

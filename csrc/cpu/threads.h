@@ -12,10 +12,6 @@ namespace fuseopt {
 void watch_forks();
 bool pool_lost();
 
-// Whether two parameters of the table share memory: one listed twice, or views that overlap. torch steps them
-// one after the other, and so must we. The answer is kept until an address or a size changes.
-bool overlapping(TensorTable& table);
-
 // omp_get_max_threads() is torch's number: one OpenMP pool serves both.
 inline int threads_for(const TensorTable& table) {
   const int items = int(table.items.size()) - 1, most = omp_get_max_threads();

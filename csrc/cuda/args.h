@@ -41,5 +41,9 @@ struct Amp {
   const float* grad_scale;
 };
 
+FUSEOPT_INLINE double inv_grad_scale(const Amp& amp, double otherwise) {
+  return amp.grad_scale ? 1.0 / double(*amp.grad_scale) : otherwise;
+}
+
 }  // namespace cuda
 }  // namespace fuseopt

@@ -18,9 +18,8 @@ struct Head {
   int32_t tensor;      // index in the table, and so of its scalars
   int32_t table_block; // first block counted over the whole table, and so of its sums
   uint8_t narrow;      // bit k: average k is kept in the parameter's type, not in that of the arithmetic
-  uint8_t aligned;     // all its streams start at multiples of 16 bytes
   uint8_t freeze;      // else its mask only zeroes the gradient
-  uint8_t unused;
+  uint8_t unused[2];
 };
 struct Masks {
   const uint32_t* keep;  // nullptr: no mask

@@ -1,0 +1,62 @@
+// The kernels of a step, as the host sees them: what each takes, and tables of them by rule and storage.
+#pragma once
+
+#include "../groups.h"
+#include "../streams.h"
+#include "rows.h"
+
+namespace fuseopt {
+namespace cuda {
+
+constexpr int kVectorBytes = 16;  // a thread reads and writes
+
+// Stages 1 to 12. Blocks of kLanes / (16 / element size) threads; with statistics kSumBytes of dynamic shared memory.
+struct UpdateArgs {
+  Memory memory;
+  Rows rows;
+};
+using UpdateKernel = void (*)(UpdateArgs);
+extern const UpdateKernel update_kernels[kRules][kStorages];
+constexpr int kSums = 3;  // of squares: gradient, parameter, change
+constexpr size_t kSumBytes = kSums * kLanes * sizeof(double);
+
+// Into Memory::squares, for each block the sum of squares of the gradient before clipping.
+struct SquaresArgs {
+  Memory memory;
+  Amp amp;
+  double inv_grad_scale;  // where Amp has no grad_scale
+  Rows rows;
+};
+using SquaresKernel = void (*)(SquaresArgs);
+extern const SquaresKernel squares_kernels[kStorages];
+
+// One block of kLanes threads: decides whether the step counts, advances counters, forms every scalar.
+struct PrepareRow {
+  void* counter[kMaxCounters];
+  int32_t tensor, position, group;  // `group` in the groups of the launch
+  uint8_t is_double[kMaxCounters];
+  uint8_t unused[2];
+};
+constexpr int kPreparedGroups = 16, kPreparedRows = 680;
+struct PrepareArgs {
+  Memory memory;
+  Amp amp;
+  const double* given_squares;  // of the whole model's gradient; nullptr: the sum of `blocks` squares is it
+  int32_t blocks;
+  int32_t tensors;
+  uint8_t starts;    // the first launch of its table: decides whether the step is skipped
+  uint8_t advances;  // and of the whole step: then t counts it
+  uint8_t clips;     // and the norm is wanted
+  uint8_t unused[5];
+  Group groups[kPreparedGroups];
+  PrepareRow rows[kPreparedRows];
+};
+using PrepareKernel = void (*)(PrepareArgs);
+extern const PrepareKernel prepare_kernel;
+
+constexpr size_t kMaxParameterBytes = 32764;
+static_assert(sizeof(UpdateArgs) <= kMaxParameterBytes && sizeof(SquaresArgs) <= kMaxParameterBytes &&
+              sizeof(PrepareArgs) <= kMaxParameterBytes, "a kernel takes no more");
+
+}  // namespace cuda
+}  // namespace fuseopt

@@ -1,0 +1,50 @@
+// The sum of squares of each block's gradient, for the norm.
+#include "block.h"
+#include "kernels.h"
+
+namespace fuseopt {
+namespace cuda {
+namespace {
+
+template <class S>
+__global__ void __launch_bounds__(kThreads<S>) squares(const SquaresArgs __grid_constant__ a) {
+  using T = typename S::compute;
+  using raw = typename S::raw;
+  constexpr int n = kVector<S>;
+  const int row = a.rows.find(int(blockIdx.x));
+  const Head& head = a.rows.head(row);
+  const Masks masks = a.rows.masked ? a.rows.masks(row) : Masks{};
+  StageScalars<T> stage{};
+  stage.inv_grad_scale = T(inv_grad_scale(a.amp, a.inv_grad_scale));
+  stage.direction = stage.clip = T(1);
+  const int64_t block = int(blockIdx.x) - head.first_block;
+  double sum[n] = {};
+
+#pragma unroll
+  for (int lane = int(threadIdx.x) * n; lane < kBlock; lane += int(kLanes)) {
+    const int64_t i = block * kBlock + lane;
+    if (i >= head.n) break;
+    const int count = head.n - i < n ? int(head.n - i) : n;
+    const Bits bits = Bits::of<n>(masks, i, count, head.n);
+    const uint32_t free = bits.keep & ~bits.pruned;
+    if (free == 0) continue;
+    Vector<raw, n> g;
+    read(g, static_cast<const raw*>(head.g) + i, count);
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const double x = effective_grad(S::load(g.x[j]), free >> j & 1, stage);
+      sum[j] += x * x;
+    }
+  }
+  __shared__ double lanes[kLanes];
+  for (int j = 0; j < n; ++j) lanes[j * kThreads<S> + threadIdx.x] = sum[j];
+  const double total = add_lanes_of_block<n>(lanes);
+  if (threadIdx.x == 0) a.memory.squares[head.table_block + block] = total;
+}
+
+}  // namespace
+
+const SquaresKernel squares_kernels[kStorages] = {squares<F32>, squares<F64>, squares<BF16>, squares<F16>};
+
+}  // namespace cuda
+}  // namespace fuseopt
