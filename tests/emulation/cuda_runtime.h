@@ -1,6 +1,7 @@
 // The part of CUDA that csrc/cuda uses, for g++: device memory is the host's, and a launch runs the kernel at once, block
 // after block. The threads of a block are fibers that take turns at __syncthreads(), so each runs alone until it waits;
-// who comes first changes from turn to turn, so that a missing barrier shows. Dynamic shared memory is not there.
+// who comes first changes from turn to turn, so that a missing barrier shows. `extern __shared__` cannot be written for
+// g++: where nvcc is not, kernels call dynamic_shared().
 #pragma once
 
 #include <ucontext.h>
@@ -79,6 +80,7 @@ struct Fiber {
 };
 
 inline std::mutex one_launch;
+inline std::unique_ptr<double[]> shared_memory;  // as much as the launch asked for
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline Fiber* running;
 inline ucontext_t scheduler;
@@ -152,9 +154,10 @@ inline bool run_block(unsigned threads) {
 inline cudaError_t run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_launch);
   fault.clear();
-  if (grid.x == 0 || block.x == 0 || block.x > 1024 || grid.y * grid.z * block.y * block.z != 1 || shared)
+  if (grid.x == 0 || block.x == 0 || block.x > 1024 || grid.y * grid.z * block.y * block.z != 1 || shared > 48 * 1024)
     return last = cudaErrorInvalidConfiguration;
   make_fibers(block.x);
+  shared_memory.reset(new double[shared / sizeof(double)]);
   kernel = &body, gridDim = grid, blockDim = block;
   for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
     if (!run_block(block.x)) return fibers.clear(), last = cudaErrorLaunchFailure;
@@ -168,6 +171,7 @@ cudaError_t run(void (*body)(P...), dim3 grid, dim3 block, void** args, size_t s
 
 }  // namespace emulation
 
+inline double* dynamic_shared() { return emulation::shared_memory.get(); }
 template <class... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
   return emulation::run(kernel, grid, block, args, shared, std::index_sequence_for<P...>());
@@ -179,3 +183,4 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }  // any number is this machine
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
