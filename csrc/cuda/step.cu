@@ -105,8 +105,12 @@ __device__ __forceinline__ void update_average(void* average, int64_t i, int cou
   write(at, e, count);
 }
 
+// Threads that a multiprocessor must hold at once: enough to keep its memory busy, few enough for every kernel to live
+// without spills.
+constexpr int kResident = 640;
+
 template <class Rule, class S>
-__global__ void __launch_bounds__(kThreads<S>, 1024 / kThreads<S>) update(const UpdateArgs __grid_constant__ a) {
+__global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(const UpdateArgs __grid_constant__ a) {
   if (a.memory.control->skip != 0) return;
   using T = typename S::compute;
   using raw = typename S::raw;
