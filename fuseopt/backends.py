@@ -1,30 +1,31 @@
 """The backends: one function table, and the choice between them."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from . import buffers, cpu, distributed, masking, patterns, plan, reference, select
+from . import buffers, cpu, cuda, distributed, masking, patterns, plan, reference, select
 from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
-from .stages import ema, statistics
+from .stages import ema
 
-NAMES = (None, "cpu", "torch")
+NAMES = (None, "cpu", "cuda", "torch")
 _warned = False
 
 
 def check_name(name: str | None) -> None:
-    """Raise ValueError for an unknown backend, RuntimeError for "cpu" where it was not compiled; warn once
+    """Raise ValueError for an unknown backend, RuntimeError for one that is not available here; warn once
     where the choice must fall on the slow reference."""
     global _warned
     if name not in NAMES:
-        raise ValueError(f"Invalid backend: {name!r}; use None, 'cpu' or 'torch'")
-    if name == "cpu" and cpu.native is None:
-        raise RuntimeError(f"backend 'cpu' is not available: {cpu.why_not}")
+        raise ValueError(f"Invalid backend: {name!r}; use one of {', '.join(map(repr, NAMES))}")
+    reason = {"cpu": lambda: cpu.why_not, "cuda": cuda.unavailable}.get(name, lambda: None)()
+    if reason:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if name is None and cpu.native is None and not _warned:
         _warned = True
         warnings.warn(f"fuseopt runs through its slow torch reference: {cpu.why_not}", RuntimeWarning, stacklevel=5)
@@ -35,38 +36,70 @@ def choose(opt) -> str:
     name = opt.defaults.get("backend")
     if name is not None:
         return name
-    return "torch" if cpu.native is None or _device(opt) != "cpu" else "cpu"
+    device = _device(opt)
+    if device.type == "cpu":
+        return "torch" if cpu.native is None else "cpu"
+    return "cuda" if device.type == "cuda" and cuda.unfit(device) is None else "torch"
 
 
 def why(opt) -> str:
     """The reason of that choice."""
     if opt.defaults.get("backend") is not None:
         return "as asked"
+    device = _device(opt)
+    if device.type == "cuda":
+        return cuda.unfit(device) or f"parameters are on {device}"
+    if device.type != "cpu":
+        return f"there is no kernel for {device.type}"
     if cpu.native is None:
         return cpu.why_not or ""
-    if _device(opt) != "cpu":
-        return f"there is no kernel for {_device(opt)} yet"
     return f"parameters are on the CPU; {cpu.native.instruction_set()}, {cpu.native.max_threads()} threads"
 
 
-def _device(opt) -> str:
-    """The type of the device that the parameters lie on; checks.py sees to it that it is one."""
+def _device(opt) -> torch.device:
+    """The device that the parameters lie on; checks.py sees to it that it is one."""
     for group in opt.param_groups:
         for p in group["params"]:
-            return p.device.type
-    return "cpu"
+            return p.device
+    return torch.device("cpu")
+
+
+def begin(opt) -> plan.Step | None:
+    """The optimizer's next step; None if found_inf says that it is skipped. Raises for a grad_scale of 0."""
+    on_gpu, captured = choose(opt) == "cuda", False
+    if on_gpu:
+        cuda.check_device(opt)
+        captured = cuda.capturing()
+        if captured:
+            cuda.check_capture(opt)
+        if not cuda.must_know(opt):
+            return plan.Step(opt, opt._steps() + 1, 1.0, True, cuda.amp(opt), captured)
+        cuda.settle(opt)
+    found_inf, scale = getattr(opt, "found_inf", None), getattr(opt, "grad_scale", None)
+    if found_inf is not None and float(found_inf) != 0:
+        return None
+    scale = 1.0 if scale is None else float(scale)
+    if scale == 0:
+        raise ValueError("grad_scale is 0, by which no gradient can be divided; set the scale of the loss, or none")
+    return plan.Step(opt, opt._steps() + 1, 1.0 / scale, on_gpu)
 
 
 def run(opt, step: plan.Step) -> None:
     """Run a step, whole or not at all, on the backend that `choose` picks, and count it in the groups."""
     name, of_buffers = choose(opt), buffers.updates(opt, step)
-    if name == "cpu" and _cpu_steady_step(opt, step, of_buffers):
+    engine = ENGINES.get(name)
+    if engine and _steady_step(engine, opt, step, of_buffers):
         return
+    if step.captured:
+        raise RuntimeError(cuda.WARM_UP)
     update, ranker = TABLE[name]
     # On the CPU counters and counts lie, whatever torch's default device; masks' functions may use that.
     with held(), masking.recomputed(opt, step), torch.device("cpu"):
         prepared = update(opt, step)
-        _copy_into_new_averages(opt, prepared)
+        if name == "cuda":
+            _note_new_values(opt, step, prepared)
+        else:
+            _copy_into_new_averages(opt, prepared)
         at_once(*of_buffers)
         for selection in select.selections(opt, step):
             patterns.prune(opt, selection, lambda members: ranker(opt, members))
@@ -100,6 +133,17 @@ def _copy_into_new_averages(opt, prepared: dict[Tensor, plan.Prepared]) -> None:
             opt._placeholders[key].discard(p)
 
 
+def _note_new_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """What the step gave its first value is no placeholder any more, if it is known to have counted."""
+    if step.amp[0] is not None:
+        return
+    for p, made in prepared.items():
+        for key in made.filled:
+            if key not in ema.NAMES:  # cuda.settle looks at the averages when somebody asks
+                opt._placeholders[key].discard(p)
+    opt._memory.noted -= prepared.keys()
+
+
 # ---- torch ---------------------------------------------------------------------------------------
 
 
@@ -111,7 +155,7 @@ def _torch_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     return prepared
 
 
-# ---- cpu -----------------------------------------------------------------------------------------
+# ---- the compiled passes: cpu.py, cuda.py ------------------------------------------------------------
 
 
 def _fills_placeholders(opt, step: plan.Step) -> bool:
@@ -122,27 +166,31 @@ def _fills_placeholders(opt, step: plan.Step) -> bool:
     return bool(keys) and any(plan.fills_placeholder(opt, gs, p) for gs, p in plan.stepped(step))
 
 
-def _cpu_steady_step(opt, step: plan.Step, of_buffers: list[Iterable]) -> bool:
+def _steady_step(engine, opt, step: plan.Step, of_buffers: list[Iterable]) -> bool:
     """Run the step if the compiled pass is all of it, in one call so that no interrupt falls between its writes;
     False, and nothing done, if something is to be made, copied, selected or summed up around it."""
-    if opt.defaults["statistics"] or any(gs.sparsity is not None for gs in step.groups):
+    on_gpu = engine is cuda
+    if (opt.defaults["statistics"] and not on_gpu) or any(gs.sparsity is not None for gs in step.groups):
         return False
-    if _fills_placeholders(opt, step) or plan.without_prune_mask(opt, step) or masking.todo(opt, step):
+    if cuda.has_new_moments(opt, step) if on_gpu else _fills_placeholders(opt, step):
         return False
-    table, problems = cpu.gather(opt, step, {})
-    if problems:
-        cpu.put_back(opt, table)
+    if plan.without_prune_mask(opt, step) or masking.todo(opt, step):
+        return False
+    table, problems = engine.gather(opt, step, {})
+    if problems or (on_gpu and not opt._memory.has_room(opt, table)):
+        engine.put_back(opt, table)
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
-    run = map(table.run, (cpu.norm(opt, table),), (False,))
+    arguments = engine.arguments(opt, table, step, engine.norm(opt, table, step))
+    run = map(table.run, *((x,) for x in arguments))
     at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, count)
-    cpu.put_back(opt, table)
+    engine.finish(opt, table, step, None)
     return True
 
 
 @torch.no_grad()
-def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
-    table, problems = cpu.gather(opt, step, {})
+def _compiled_update(engine, opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
+    table, problems = engine.gather(opt, step, {})
     wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
     if _fills_placeholders(opt, step):
         unread = {id(p) for _, p in wanting}
@@ -152,28 +200,27 @@ def _cpu_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     filled = {p: in_layout_of(distributed.local(p), distributed.local(p)) for p in prepared}
     if plan.add_prune_masks(opt, plan.without_prune_mask(opt, step)) or prepared:
         replaced = {p: (made.grad, made.fresh, filled[p]) for p, made in prepared.items()}
-        cpu.put_back(opt, table)
-        table, problems = cpu.gather(opt, step, replaced)
+        engine.put_back(opt, table)
+        table, problems = engine.gather(opt, step, replaced)
         if problems:
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
     gaps = {p: copy for p, copy in filled.items() if copy is not distributed.local(p)}
-    norm = cpu.norm(opt, table)
+    norm = engine.norm(opt, table, step)
     if gaps and share_memory([distributed.local(p) for _, p in plan.stepped(step)]):
-        if norm < 0:
-            norm = math.sqrt(sum(row[0] for row in table.squares()))
-        sums = cpu.run_in_turn(opt, step, prepared, norm)
+        sums = engine.run_in_turn(opt, step, prepared, norm, table)
     else:
-        sums = table.run(norm, opt.defaults["statistics"])
+        engine.before(opt, table, prepared)
+        sums = table.run(*engine.arguments(opt, table, step, norm))
         table.mark_written(cpu.increment_version)
         for p, copy in gaps.items():
             distributed.local(p).copy_(copy)
-    if opt.defaults["statistics"]:
-        opt._statistics = statistics.result(cpu.total(opt, table, sums, statistics.WIDTH))
-    cpu.put_back(opt, table)
+    engine.finish(opt, table, step, sums)
     return prepared
 
 
+ENGINES = {"cpu": cpu, "cuda": cuda}
 TABLE: dict[str, tuple[Callable, Callable]] = {
-    "cpu": (_cpu_update, cpu.ranker),
+    "cpu": (partial(_compiled_update, cpu), cpu.ranker),
+    "cuda": (partial(_compiled_update, cuda), cuda.ranker),
     "torch": (_torch_update, patterns.TorchRanker),
 }

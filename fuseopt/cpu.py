@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import distributed, patterns, plan, schema, select, torch_abi, torch_layout
 from .checks import in_layout_of
-from .stages import mask
+from .stages import mask, statistics
 
 increment_version = torch._C._increment_version  # torch.autograd.graph's without its Python, for at_once
 
@@ -70,9 +70,11 @@ def put_back(opt, table) -> None:
     opt._table = table
 
 
-def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], norm: float) -> list:
+def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], norm: float, whole) -> list:
     """The rows of table.run, one parameter after the other: the copy of one with gaps must be made when those that
-    share its memory and come before it have been stepped."""
+    share its memory and come before it have been stepped. whole: the table of them all."""
+    if norm < 0:
+        norm = math.sqrt(sum(row[0] for row in whole.squares()))
     rows, table = [], native.TensorTable()
     for gs, p in plan.stepped(step):
         here = distributed.local(p)
@@ -89,19 +91,36 @@ def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], nor
     return rows
 
 
-def total(opt, table, rows: list, width: int) -> list[float]:
-    """Sums of the columns, over all processes that share the parameters."""
-    if table.sharded or opt.defaults["sharded"]:
-        return distributed.total(opt, table.params(), rows, width)
+def total_of(opt, params: list[Tensor], rows: list, width: int, sharded: bool) -> list[float]:
+    """Sums of the columns, over all processes that share the parameters; rows[k] is of params[k]."""
+    if sharded or opt.defaults["sharded"]:
+        rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
+        return distributed.total(opt, params, rows, width).tolist()
     return [sum(column) for column in zip((0.0,) * width, *rows, strict=True)]
 
 
-def norm(opt, table) -> float:
+def norm(opt, table, step: plan.Step) -> float:
     """The gradient's norm where processes must find it together; otherwise -1, and the table finds it by itself."""
     shared = table.sharded or opt.defaults["sharded"]
     if shared and any(group["max_grad_norm"] for group in opt.param_groups):
-        return math.sqrt(total(opt, table, table.squares(), 1)[0])
+        return math.sqrt(total_of(opt, table.params(), table.squares(), 1, table.sharded)[0])
     return -1.0
+
+
+def arguments(opt, table, step: plan.Step, norm: float) -> tuple:
+    """Those of table.run."""
+    return norm, opt.defaults["statistics"]
+
+
+def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """What table.run takes for granted."""
+
+
+def finish(opt, table, step: plan.Step, rows: list | None) -> None:
+    """What is left to do after table.run, which returned `rows`."""
+    if opt.defaults["statistics"]:
+        opt._statistics = statistics.result(total_of(opt, table.params(), rows, statistics.WIDTH, table.sharded))
+    put_back(opt, table)
 
 
 class Ranker:

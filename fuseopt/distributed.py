@@ -136,10 +136,11 @@ class Parts:
             self.members.setdefault(known[place], []).append(k)
 
     def _reduce(self, x: Tensor, over: tuple) -> Tensor:
+        home = x.device
         for group in over:
             x = x.to(_device(group))
             dist.all_reduce(x, group=group)
-        return x.cpu()
+        return x.to(home)
 
     def total(self, count: Callable[[list[int]], Tensor]) -> Tensor:
         """The sum of count(parameters, as indices of the list) over everything, everywhere."""
@@ -165,13 +166,13 @@ class Parts:
         return int(sum(counts[: dist.get_rank(group)]))
 
 
-def total(opt, params: list[Tensor], rows: list, width: int) -> list[float]:
-    """The sum of the rows on all processes; rows[k] is `width` numbers of params[k] as far as it lies here.
+def total(opt, params: list[Tensor], rows: Tensor, width: int) -> Tensor:
+    """The sum of the rows on all processes; rows[k] is `width` doubles of params[k] as far as it lies here.
 
     params: those of the optimizer's parameters that were stepped.
     """
     every = [p for group in opt.param_groups for p in group["params"]]
     place = {p: k for k, p in enumerate(every)}
-    spread = torch.zeros(len(every), width, dtype=torch.float64)
-    spread[[place[p] for p in params]] = torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
-    return Parts(every, opt.defaults["sharded"]).total(lambda members: spread[members].sum(0)).tolist()
+    spread = torch.zeros(len(every), width, dtype=torch.float64, device=rows.device)
+    spread[[place[p] for p in params]] = rows
+    return Parts(every, opt.defaults["sharded"]).total(lambda members: spread[members].sum(0))

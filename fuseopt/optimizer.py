@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import averages, backends, checkpoint, distributed, ema_state, explain, masking, plan, pruning
+from . import averages, backends, checkpoint, cuda, distributed, ema_state, explain, masking, plan, pruning
 from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
@@ -127,12 +127,17 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
                 if name in self.defaults:
                     param_group.setdefault(name, copy.deepcopy(self.defaults[name]))
             normalise(param_group)
+            cuda.settle(self)
             param_group["steps"] = self._steps()  # not what another optimizer left in the caller's dict
         super().add_param_group(param_group)
         drop_whole(param_group)
         self._statistics = None
         self.__dict__.setdefault("_swapped", [])
         self.__dict__.setdefault("_tracked", [])
+
+    def __getstate__(self) -> dict[str, Any]:
+        cuda.settle(self)
+        return super().__getstate__()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -184,21 +189,18 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
                 loss = closure()
         if self._swapped:
             raise RuntimeError("step() inside swap_ema(): leave the with-block first, or the step would be lost")
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return loss
-        scale = getattr(self, "grad_scale", None)
-        scale = 1.0 if scale is None else float(scale)
-        if scale == 0:
-            raise ValueError("grad_scale is 0, by which no gradient can be divided; set the scale of the loss, or none")
         self._validate_options()
-        steps = self._steps()
-        if steps == 0 and self._is_dry_run():
+        step = backends.begin(self)
+        if step is not None and step.t == 1 and self._is_dry_run():
             plan.make_state(self, prune_masks=True)
-            return loss
-        step = plan.Step(self, steps + 1, 1.0 / scale)
-        backends.run(self, step)
+        elif step is not None:
+            backends.run(self, step)
         return loss
+
+    @property
+    def _on_gpu(self) -> bool:
+        """Whether CUDA kernels step, which keep the counters on the GPU."""
+        return backends.choose(self) == "cuda"
 
     def _is_dry_run(self) -> bool:
         """Whether this first step is torch.distributed.checkpoint's, to make state: lr 0, zero gradients."""
@@ -222,7 +224,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         if self._statistics is None:
             why = "no step has been taken yet" if self.defaults["statistics"] else "pass statistics=True"
             raise RuntimeError(f"no statistics were gathered: {why}")
-        return self._statistics
+        return self._statistics() if callable(self._statistics) else self._statistics  # a GPU's are read when asked for
 
     def explain(self) -> "explain.Explanation":
         """What a step does here: backend, tensors and the bytes each stage moves. Prints as a table."""
@@ -234,6 +236,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with masks and averages among the state. Tensors, numbers, strings, lists, dicts only."""
         self._validate_options()
+        cuda.settle(self)
         return checkpoint.outgoing(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -27,11 +27,13 @@ class GroupStep:
     ema_weights: tuple[float, ...]  # of `emas`; 0 where not due
     sparsity: float | None  # prune to it after the update; None at steps that do not select
     prunes: bool  # a mask of pruned entries is needed from this step on
+    lr: Tensor | None  # where the kernels read it on the GPU
+    on_gpu: bool  # the kernels form the scalars; see cuda.py
 
     def averages(self) -> tuple[tuple[str, float, bool, bool], ...]:
         """(key, weight, whether in the parameter's dtype, whether the pass works on it) of every average."""
         weights, passed = zip(self.emas, self.ema_weights, strict=True), self.due + self.thinned
-        return tuple([(key, w, key in self.narrow, key in passed) for key, w in weights])
+        return tuple([(key, w, key in self.narrow, self.on_gpu or key in passed) for key, w in weights])
 
     def not_narrow(self) -> tuple[str, ...]:
         """The averages kept in the type of the arithmetic."""
@@ -39,20 +41,25 @@ class GroupStep:
 
 
 class Step:
-    """The step number `t` (from 1) of an optimizer and its groups' scalars."""
+    """The step number `t` (from 1) of an optimizer and its groups' scalars.
 
-    def __init__(self, opt, t: int, inv_grad_scale: float):
+    amp: (found_inf, grad_scale) where the kernels read them on the GPU. captured: a graph captures this step.
+    """
+
+    def __init__(self, opt, t: int, inv_grad_scale: float, on_gpu: bool = False, amp=(None, None), captured=False):
         self.t = t
         self.inv_grad_scale = inv_grad_scale
-        self.groups = [group_step(opt, group, t, inv_grad_scale) for group in opt.param_groups]
+        self.amp, self.captured = amp, captured
+        self.groups = [group_step(opt, group, t, inv_grad_scale, on_gpu) for group in opt.param_groups]
 
 
-def group_step(opt, group: dict, t: int, inv_grad_scale: float) -> GroupStep:
-    """Every scalar of a group at step t."""
-    hyper = opt.hyper(group)
+def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = False) -> GroupStep:
+    """Every scalar of a group at step t. Where the kernels form them, by the steps that count there."""
+    lr = _device_lr(group) if on_gpu else None
+    hyper = opt.hyper(group if lr is None else {**group, "lr": 0.0})
     options = group["prune"]
     sparsity = prune.sparsity_at(options, t)
-    threshold = prune.threshold_at(options, t)
+    threshold = prune.threshold_at(options, options["begin"] if on_gpu and options else t)
     stage = {
         "inv_grad_scale": inv_grad_scale,
         "direction": -1.0 if group["maximize"] else 1.0,
@@ -76,7 +83,17 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float) -> GroupStep:
         tuple([ema.weight(one, t) for one in group["ema"]]),
         sparsity,
         sparsity is not None or threshold > 0,
+        lr,
+        on_gpu,
     )
+
+
+def _device_lr(group: dict) -> Tensor | None:
+    """The learning rate, if it is a tensor that lies where the parameters do."""
+    lr, params = group["lr"], group["params"]
+    if not isinstance(lr, Tensor) or lr.dtype not in (torch.float32, torch.float64):
+        return None
+    return lr if params and lr.device == local(params[0]).device else None
 
 
 @torch.no_grad()
@@ -86,11 +103,14 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     Averages start at NaN and are noted in opt._placeholders; see "no value yet" in stages/ema.py.
     """
     state = opt.state[p]
+    home = p.device if opt._on_gpu else torch.device("cpu")
     for key in opt.counters(group):
-        if key not in state:  # torch: 0-dim, on the CPU, fp32 unless fp64 is the default type
+        if key not in state:  # torch: 0-dim, fp32 unless fp64 is the default type
             double = torch.get_default_dtype() == torch.float64
             start = 1.0 if key == "mu_product" else 0.0
-            state[key] = torch.tensor(start, dtype=torch.float64 if double else torch.float32, device="cpu")
+            state[key] = torch.tensor(start, dtype=torch.float64 if double else torch.float32, device=home)
+        elif state[key].device != home:
+            state[key] = state[key].to(home)
     fresh = False
     for key in opt.slots(group):
         if state.get(key) is None:
@@ -197,7 +217,7 @@ def add_prune_masks(opt, missing: list[tuple[GroupStep, Tensor]]) -> bool:
     for gs, p in missing:
         if gs.counters and gs.counters[0] not in opt.state[p]:
             complete_state(opt, gs.group, p, averages=False)
-        opt.state[p]["prune_mask"] = mask.empty_bits(local(p).numel())
+        opt.state[p]["prune_mask"] = mask.empty_bits(local(p).numel(), p.device)
         mask.into_memory_order(opt.state[p], p)
     return bool(missing)
 

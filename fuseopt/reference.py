@@ -74,11 +74,15 @@ def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
     params = [p for _, p, _, _ in todo]
     norm = 0.0
     if any(gs.group["max_grad_norm"] for gs in step.groups):
-        norm = math.sqrt(total(opt, params, [(clip.square(free),) for _, _, _, free in todo], 1)[0])
+        norm = math.sqrt(_total(opt, params, [(clip.square(free),) for _, _, _, free in todo], 1)[0])
     rows = []
     for gs, p, g, free in todo:
         before = local(p).clone()
         step_parameter(opt, gs, p, g, clip.factor(gs.group["max_grad_norm"], norm), prepared[p].fresh)
         rows.append(statistics.row(free, before, local(p)) if opt.defaults["statistics"] else ())
     if opt.defaults["statistics"]:
-        opt._statistics = statistics.result(total(opt, params, rows, statistics.WIDTH))
+        opt._statistics = statistics.result(_total(opt, params, rows, statistics.WIDTH))
+
+
+def _total(opt, params: list[Tensor], rows: list, width: int) -> list[float]:
+    return total(opt, params, torch.tensor(rows, dtype=torch.float64).reshape(-1, width), width).tolist()

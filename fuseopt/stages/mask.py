@@ -28,7 +28,7 @@ BITS = ("mask_keep", "prune_mask")
 def pack(bits: Tensor) -> Tensor:
     """Boolean tensor -> uint8, 8 a byte from the least significant bit, padded to whole 32-bit words."""
     packed = np.packbits(bits.reshape(-1).cpu().numpy(), bitorder="little")
-    return torch.from_numpy(np.pad(packed, (0, -len(packed) % 4)))
+    return torch.from_numpy(np.pad(packed, (0, -len(packed) % 4))).to(bits.device)
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
@@ -47,9 +47,9 @@ def count(packed: Tensor) -> int:
 _ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
-def empty_bits(n: int) -> Tensor:
+def empty_bits(n: int, device: torch.device) -> Tensor:
     """n zero bits, packed."""
-    return torch.zeros(-(-n // 32) * 4, dtype=torch.uint8)
+    return torch.zeros(-(-n // 32) * 4, dtype=torch.uint8, device=device)
 
 
 def memory_order(p: Tensor) -> list[int]:
@@ -138,6 +138,9 @@ def into_memory_order(state: dict, p: Tensor) -> None:
     if any(key in state and state[key].dtype == torch.bool for key in BITS):
         restore(state, p, dict(state), {})
     p = local(p)
+    for key in BITS:
+        if key in state and state[key].device != p.device:
+            state[key] = state[key].to(p.device)
     if any(key in state for key in BITS):
         aligned = all(state[key].data_ptr() % 4 == 0 for key in BITS if key in state)
         if not aligned or order_of(state, p) != memory_order(p):
@@ -220,7 +223,7 @@ def _store(state: dict, p: Tensor, own: Tensor) -> None:
     if not p.numel():  # a process may hold no entry of a parameter and yet has to save its mask
         bits = own.reshape(-1) if own.numel() else torch.ones(1, dtype=torch.bool)
         period, inner = bits.numel(), 1
-    state["mask_keep"], state["mask_period"], state["mask_inner"] = pack(bits), period, inner
+    state["mask_keep"], state["mask_period"], state["mask_inner"] = pack(bits.to(p.device)), period, inner
 
 
 def widen(state: dict, p: Tensor) -> None:
@@ -276,4 +279,4 @@ def restore(state: dict, p: Tensor, saved: dict, own: dict) -> None:
         zeros, here = saved["prune_mask"], local(p)
         zeros = (local(zeros) if placed_alike(p, zeros) else part(p, zeros)).bool()
         if Parts([p]).total(lambda _: zeros.sum()):
-            state["prune_mask"] = pack(_flatten(zeros, order_of(state, here)))
+            state["prune_mask"] = pack(_flatten(zeros.to(here.device), order_of(state, here)))

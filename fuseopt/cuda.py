@@ -1,0 +1,343 @@
+"""The CUDA backend: the compiled module, and the memory that it keeps on the GPU beside the optimizer's state.
+
+Scalars are formed on the GPU, so that a step waits for nothing: only there is known whether a GradScaler found
+infinities. After such a step, and after one that a graph captured, Python does not know how many steps counted;
+`settle` asks the GPU. What must be decided in Python by the step's number, a schedule of pruning that is not over,
+masks to recompute, averages of buffers, has found_inf and grad_scale read on the host instead, as on the CPU.
+"""
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cpu, distributed, plan, torch_abi, torch_layout
+from .checks import name_of
+from .stages import ema, statistics
+
+DEVICE = "cuda"
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled module, or None and why it is missing."""
+    try:
+        from . import _CUDA
+    except ImportError as error:
+        return None, f"the module fuseopt._CUDA is missing ({error}); install CUDA's nvcc, then fuseopt again"
+    cpu.connect(_CUDA, *torch_abi.find(), torch_layout.find())
+    return _CUDA, None
+
+
+native, why_not = _load()
+
+
+def unavailable() -> str | None:
+    """Why no GPU can be used here; None if one can."""
+    if native is None:
+        return why_not
+    if torch.version.hip:
+        return "it is for NVIDIA GPUs, and this torch is for AMD's; use backend='triton'"
+    if not torch.version.cuda:
+        return "this torch was built without CUDA; install one with it (pytorch.org)"
+    if not torch.cuda.is_available():
+        return f"there is no NVIDIA driver that works: {native.driver() or 'torch cannot use it'}"
+    return None
+
+
+def unfit(device: torch.device) -> str | None:
+    """Why this GPU cannot run the module; None if it can."""
+    known = _unfit.get(device)
+    if device not in _unfit:
+        known = unavailable() or _without_code(torch.cuda.get_device_capability(device))
+        _unfit[device] = known
+    return known
+
+
+_unfit: dict[torch.device, str | None] = {}
+
+
+def _without_code(capability: tuple[int, int]) -> str | None:
+    major, minor = capability
+    for number in native.architectures():
+        code = divmod(abs(number), 10)
+        if code <= (major, minor) and (number < 0 or code[0] == major):
+            return None
+    have = ", ".join(f"sm_{n}" for n in native.architectures() if n > 0)
+    return (
+        f"fuseopt._CUDA holds machine code for {have}, not for this GPU's sm_{major}{minor}; install fuseopt again "
+        f"with FUSEOPT_CUDA_ARCHS={major}{minor}, or use backend='triton'"
+    )
+
+
+def capturing() -> bool:
+    """Whether the current stream is being captured into a graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def stream(device: torch.device) -> int:
+    """The address of torch's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+# ---- memory on the GPU ------------------------------------------------------------------------------
+
+
+class Memory:
+    """What a step reads and writes on the GPU beside the state, in the order of csrc/cuda/args.h.
+
+    steps: how many steps counted, as `control` has it; None where only the GPU knows.
+    least: as many counted at least.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.control = self._zeros(native.CONTROL)
+        self.scalars = self.squares = self.sums = self.fresh = self._zeros(0)
+        self.steps, self.least = 0, 0
+        self.outgrown: list[Tensor] = []  # that a graph may still use
+        self.captured = False
+        self.noted: set[Tensor] = set()  # parameters whose `fresh` was set; whether it still is, is not known
+        self.addresses: tuple[int, ...] = ()
+
+    def _zeros(self, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.zeros(n, dtype=dtype, device=self.device)
+
+    def has_room(self, opt, table) -> bool:
+        """Whether a step of this table needs no allocation."""
+        return (
+            bool(self.addresses)
+            and self.scalars.numel() >= native.SCALARS * len(table)
+            and self.squares.numel() >= table.block_count
+            and (self.sums.numel() >= native.SUMS * table.block_count or not opt.defaults["statistics"])
+            and self.fresh.numel() >= sum(len(group["params"]) for group in opt.param_groups)
+        )
+
+    def make_room(self, opt, table) -> None:
+        """Allocate what a step of this table needs."""
+        if self.has_room(opt, table):
+            return
+        blocks, params = max(1, table.block_count), sum(len(group["params"]) for group in opt.param_groups)
+        if self.captured:
+            self.outgrown += [self.scalars, self.squares, self.sums, self.fresh]
+        self.scalars, self.squares = self._zeros(native.SCALARS * len(table)), self._zeros(blocks)
+        self.sums = self._zeros(native.SUMS * blocks if opt.defaults["statistics"] else 0)
+        fresh, self.fresh = self.fresh, self._zeros(params, torch.float32)
+        self.fresh[: fresh.numel()] = fresh
+        every = (self.control, self.scalars, self.squares, self.sums, self.fresh)
+        self.addresses = tuple(x.data_ptr() if x.numel() else 0 for x in every)
+
+    def count_from(self, steps: int) -> None:
+        """Have the GPU count on from this number."""
+        if self.steps is not None and self.steps != steps:
+            self.control[0] = float(steps)
+            self.steps = self.least = steps
+
+
+def memory_of(opt) -> Memory:
+    """An optimizer's memory on the device of its parameters, made anew where they moved."""
+    device = next(p.device for group in opt.param_groups for p in group["params"])
+    found = opt.__dict__.get("_memory")
+    if found is None or found.device != device:
+        settle(opt)
+        found = opt._memory = Memory(device)
+    return found
+
+
+def settle(opt) -> None:
+    """Find out what only the GPU knew: how many steps counted, and what of the state has a value. Waits for it."""
+    memory = opt.__dict__.get("_memory")
+    if memory is None:
+        return
+    if memory.steps is None:
+        memory.steps = memory.least = int(memory.control[0])
+        for group in opt.param_groups:
+            group["steps"] = memory.steps
+    if memory.noted:
+        fresh = dict(zip(_params(opt), memory.fresh.tolist(), strict=False))
+        used = {p for p in memory.noted if not fresh.get(p)}
+        memory.noted -= used
+        for key, members in opt._placeholders.items():
+            members -= used if key not in ema.NAMES else set()
+    for key, members in opt._placeholders.items():
+        if key in ema.NAMES:
+            members -= {p for p in members if not ema.is_empty(distributed.local(opt.state[p][key]))}
+
+
+def loaded(opt) -> None:
+    """After a checkpoint was loaded: what is new is told by the placeholders again."""
+    memory = opt.__dict__.get("_memory")
+    if memory is not None:
+        memory.fresh.zero_()
+        memory.noted.clear()
+        memory.least = opt._steps()
+
+
+def _params(opt) -> list[Tensor]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+# ---- the start of a step ----------------------------------------------------------------------------
+
+
+def check_device(opt) -> None:
+    """Raise ValueError or RuntimeError, with nothing changed, if the parameters are where no kernel can step them."""
+    p = next(p for group in opt.param_groups for p in group["params"])
+    if p.device.type != DEVICE:
+        raise ValueError(
+            f"{name_of(opt, p)} is on {p.device} and backend='cuda' was asked for; move it, or leave backend out"
+        )
+    reason = unfit(p.device)
+    if reason:
+        raise RuntimeError(f"backend 'cuda' cannot step {name_of(opt, p)} on {p.device}: {reason}")
+
+
+def has_new_moments(opt, step: plan.Step) -> bool:
+    """Whether a parameter has moments without a value of which the kernels do not know yet."""
+    empty = {p for key, members in opt._placeholders.items() if key not in ema.NAMES for p in members}
+    return bool(empty) and any(p in empty and p not in opt._memory.noted for _, p in plan.stepped(step))
+
+
+def must_know(opt) -> bool:
+    """Whether Python must know the number of a step and whether it counts."""
+    memory = opt.__dict__.get("_memory")
+    least = memory.least if memory is not None else 0
+    schedules = [group["prune"] for group in opt.param_groups if group["prune"] and group["prune"]["threshold"] is None]
+    return bool(opt._dynamic or opt._tracked) or any((one["end"] or one["begin"]) > least for one in schedules)
+
+
+def amp(opt) -> tuple[Tensor | None, Tensor | None]:
+    """(found_inf, grad_scale) of a GradScaler where the kernels are to read them; None for what there is not."""
+    device = memory_of(opt).device
+    found = [getattr(opt, name, None) for name in ("found_inf", "grad_scale")]
+    return tuple(None if x is None else torch.as_tensor(x).to(device, torch.float32, non_blocking=True) for x in found)
+
+
+def check_capture(opt) -> None:
+    """Raise RuntimeError, with nothing changed, if a graph cannot capture this step."""
+    if not all(group.get("capturable", True) for group in opt.param_groups):
+        raise RuntimeError("step() is being captured into a CUDA graph, but capturable is False; pass capturable=True")
+    if opt.__dict__.get("_memory") is None:
+        raise RuntimeError(WARM_UP)
+    if must_know(opt):
+        raise RuntimeError(
+            "step() is being captured into a CUDA graph, but a schedule of pruning is not over, masks are to be "
+            "recomputed, or buffers are averaged, which Python does; capture after the schedule, or leave them out"
+        )
+
+
+WARM_UP = (
+    "step() is being captured into a CUDA graph, but it has to allocate memory first; take a step on the same "
+    "parameters and gradients before the capture"
+)
+
+
+# ---- the face that backends.py sees; see cpu.py ----------------------------------------------------------
+
+
+def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple, emas: tuple) -> tuple:
+    """A group as csrc/tensor_table.cpp reads it."""
+    group = gs.group
+    schedules = tuple(
+        (one["decay"] or 0.0, float(ema.WARMUPS.index(one["warmup"])), float(one["start"]), float(one["every"]),
+         ema.gamma(one["sigma_rel"]) if one["sigma_rel"] else 0.0)
+        for one in group["ema"]
+    )  # fmt: skip
+    prune_from = float(group["prune"]["begin"]) if group["prune"] else 0.0
+    decoupled = bool(group.get("decoupled_weight_decay"))
+    more = (gs.lr, float(group["weight_decay"]), float(group["l1"]), decoupled, prune_from, schedules)
+    return (*cpu.spec(gs, params, slots, counters, emas), more)
+
+
+def gather(opt, step: plan.Step, replaced: dict) -> tuple:
+    """(table, problems): the optimizer's table filled from its live tensors; see cpu.gather."""
+    memory = memory_of(opt)
+    table = opt.__dict__.pop("_table", None)
+    if not isinstance(table, native.TensorTable):
+        table = native.TensorTable()
+    specs = [spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages()) for gs in step.groups]
+    device = memory.device.index if memory.device.type == "cuda" else -1
+    return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale, device)
+
+
+def norm(opt, table, step: plan.Step) -> Tensor | None:
+    """The sum of squares of the gradient on all processes, where they share the parameters and clip."""
+    shared = table.sharded or opt.defaults["sharded"]
+    if not shared or not any(group["max_grad_norm"] for group in opt.param_groups):
+        return None
+    memory = opt._memory
+    memory.make_room(opt, table)
+    table.squares(memory.addresses, _address(step.amp[1]), stream(memory.device))
+    lengths = torch.tensor(table.blocks(), device=memory.device)
+    rows = torch.segment_reduce(memory.squares[: table.block_count], "sum", lengths=lengths).unsqueeze(1)
+    return distributed.total(opt, table.params(), rows, 1)
+
+
+def arguments(opt, table, step: plan.Step, squares: Tensor | None) -> tuple:
+    """Those of table.run."""
+    memory = opt._memory
+    memory.make_room(opt, table)
+    memory.count_from(step.t - 1)
+    return (memory.addresses, *map(_address, (*step.amp, squares)), stream(memory.device))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """Tell the kernels which moments are new; for rules that do not count steps."""
+    memory = opt._memory
+    memory.make_room(opt, table)
+    new = {p: k for k, p in enumerate(_params(opt)) if p in prepared and prepared[p].fresh}
+    if new:
+        memory.fresh[list(new.values())] = 1.0
+        memory.noted |= new.keys()
+
+
+def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], norm, whole) -> None:
+    raise ValueError(
+        "parameters that share memory and have gaps in it are not stepped on a GPU; make them contiguous, or use "
+        "backend='torch'"
+    )
+
+
+def finish(opt, table, step: plan.Step, rows: None) -> None:
+    """What is left to do after table.run."""
+    _note_count(opt, step)
+    if opt.defaults["statistics"]:
+        opt._statistics = _reader(opt, table)
+    cpu.put_back(opt, table)
+
+
+put_back = cpu.put_back
+
+
+def _note_count(opt, step: plan.Step) -> None:
+    """Whether the step counts is known if no found_inf could stop it, and no graph holds it."""
+    memory = opt._memory
+    memory.captured = memory.captured or step.captured
+    if step.captured or step.amp[0] is not None:
+        memory.steps = None
+    elif memory.steps is not None:
+        memory.steps = memory.least = step.t
+
+
+def _reader(opt, table) -> Callable[[], Mapping[str, float]]:
+    """What opt.statistics() reads, once somebody asks: the sums of the last step."""
+    memory, blocks, params, shared = opt._memory, table.blocks(), table.params(), table.sharded
+
+    def read() -> Mapping[str, float]:
+        sums = memory.sums[: native.SUMS * sum(blocks)].reshape(-1, native.SUMS).cpu().numpy()
+        parts = np.split(sums, np.cumsum(blocks)[:-1]) if blocks else []
+        rows = [tuple(np.cumsum(part, axis=0)[-1]) if len(part) else (0.0,) * native.SUMS for part in parts]  # in order
+        return statistics.result(cpu.total_of(opt, params, rows, statistics.WIDTH, shared))
+
+    return read
+
+
+def ranker(opt, members):
+    from . import patterns
+
+    return patterns.TorchRanker(opt, members)
