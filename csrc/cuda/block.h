@@ -11,9 +11,28 @@ namespace cuda {
 template <class S> constexpr int kVector = 16 / sizeof(typename S::raw);
 template <class S> constexpr int kThreads = int(kLanes) / kVector<S>;
 
+// n elements. They are held as words: an element of 16 bits of its own would take a whole register.
 template <class raw, int n>
 struct alignas(16) Vector {
-  raw x[n];
+  uint32_t word[n * sizeof(raw) / 4];
+
+  __device__ __forceinline__ raw get(int j) const {
+    if constexpr (sizeof(raw) == 2) return raw(word[j / 2] >> (j % 2 * 16));
+    else if constexpr (sizeof(raw) == 4) return bit_cast<raw>(word[j]);
+    else return bit_cast<raw>(uint64_t(word[2 * j + 1]) << 32 | word[2 * j]);
+  }
+
+  __device__ __forceinline__ void set(int j, raw x) {
+    if constexpr (sizeof(raw) == 2) {
+      const int shift = j % 2 * 16;
+      word[j / 2] = (word[j / 2] & ~(0xffffu << shift)) | uint32_t(x) << shift;
+    } else if constexpr (sizeof(raw) == 4) {
+      word[j] = bit_cast<uint32_t>(x);
+    } else {
+      const uint64_t bits = bit_cast<uint64_t>(x);
+      word[2 * j] = uint32_t(bits), word[2 * j + 1] = uint32_t(bits >> 32);
+    }
+  }
 };
 
 // `count` elements, the rest 0. Tails and streams that are not aligned go one by one.
@@ -24,7 +43,7 @@ __device__ __forceinline__ void read(Vector<raw, n>& v, const raw* at, int count
     return;
   }
 #pragma unroll
-  for (int j = 0; j < n; ++j) v.x[j] = j < count ? at[j] : raw(0);
+  for (int j = 0; j < n; ++j) v.set(j, j < count ? at[j] : raw(0));
 }
 
 template <class raw, int n>
@@ -35,42 +54,76 @@ __device__ __forceinline__ void write(raw* at, const Vector<raw, n>& v, int coun
   }
 #pragma unroll
   for (int j = 0; j < n; ++j)
-    if (j < count) at[j] = v.x[j];
+    if (j < count) at[j] = v.get(j);
 }
 
-// The bits of n elements from i on, which is a multiple of n, of a mask that repeats; `Index` holds every i.
-template <int n, class Index>
-__device__ __forceinline__ uint32_t repeated_bits(const Masks& mask, Index i) {
-  const Index inner = Index(mask.inner), period = Index(mask.period);
-  const Index run = inner == 1 ? i : i / inner;
-  Index k = run < period ? run : run % period, left = inner - (i - run * inner);
-  const auto bit = [&] { return (mask.keep[k >> 5] >> (k & 31)) & 1u; };
-  if (left >= n) return -bit();
-  uint32_t bits = 0;
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-    bits |= bit() << j;
-    if (--left == 0) left = inner, k = k + 1 == period ? 0 : k + 1;
+// Where a mask that repeats stands at the start of a block: in a run of `inner` elements that share a bit. What a block
+// does not reach is cut off, so that 32 bits suffice inside it: a 64-bit division is long, and a call.
+struct Runs {
+  int64_t first;   // the bit of the first run
+  uint32_t left;   // elements of it from here on
+  uint32_t inner;  // elements of each further run
+  uint32_t room;   // runs until the bits start anew
+  uint32_t period;
+
+  __device__ __forceinline__ void start(const Masks& mask, int64_t at) {
+    const auto most = [](int64_t x) { return uint32_t(x < kBlock ? x : kBlock); };
+    const int64_t run = at / mask.inner;
+    first = run % mask.period;
+    left = most((run + 1) * mask.inner - at), inner = most(mask.inner);
+    room = most(mask.period - first), period = most(mask.period);
   }
-  return bits;
-}
 
-// Bit j tells whether element i + j is kept; those past the end are unspecified.
-template <int n>
-__device__ __forceinline__ uint32_t kept(const Masks& mask, int64_t i, int64_t elements) {
-  if (!mask.keep) return ~0u;
-  if (mask.inner == 1 && mask.period >= elements) return mask.keep[i >> 5] >> (i & 31);
-  return elements < int64_t(1) << 31 ? repeated_bits<n>(mask, uint32_t(i)) : repeated_bits<n>(mask, uint64_t(i));
-}
-
-// What a thread works on: `count` elements from i on, and the bits of their masks.
-struct Bits {
-  uint32_t live, keep, pruned;  // live: bit j is set for j < count
-
+  // The bits of n elements, the first being element i of the block.
   template <int n>
-  __device__ __forceinline__ static Bits of(const Masks& mask, int64_t i, int count, int64_t elements) {
+  __device__ __forceinline__ uint32_t bits(const Masks& mask, uint32_t i) const {
+    uint32_t run = 0, rest = left - i;
+    if (i >= left) {
+      const uint32_t past = i - left;
+      run = past / inner;
+      rest = inner - (past - run++ * inner);
+    }
+    int64_t k = run < room ? first + run : (run - room) % period;
+    const auto bit = [&] { return (mask.keep[k >> 5] >> (k & 31)) & 1u; };
+    if (rest >= n) return -bit();
+    uint32_t out = 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      out |= bit() << j;
+      if (--rest == 0) rest = inner, k = k + 1 == mask.period ? 0 : k + 1;
+    }
+    return out;
+  }
+};
+
+// The masks of some elements: bit j of `live` is set where element j exists.
+struct Bits {
+  uint32_t live, keep, pruned;
+};
+
+// A block of elements: those of row `row` from `begin` on.
+struct Place {
+  int row;
+  int64_t block, begin;  // block of its tensor
+
+  __device__ __forceinline__ explicit Place(const Rows& rows) : row(rows.find(int(blockIdx.x))) {
+    block = int(blockIdx.x) - rows.head(row).first_block, begin = block * kBlock;
+  }
+
+  __device__ __forceinline__ void start(const Rows& rows, Runs& runs) const {
+    if (rows.masked && threadIdx.x == 0 && rows.masks(row).keep) runs.start(rows.masks(row), begin);
+  }
+
+  // Of n elements from begin + i on, of which `count` exist.
+  template <int n>
+  __device__ __forceinline__ Bits bits(const Rows& rows, const Runs& runs, int i, int count) const {
     const uint32_t live = (1u << count) - 1;
-    return {live, kept<n>(mask, i, elements) & live, (mask.pruned ? mask.pruned[i >> 5] >> (i & 31) : 0) & live};
+    if (!rows.masked) return {live, live, 0};
+    const Masks& mask = rows.masks(row);
+    const int64_t word = (begin + i) >> 5;
+    const bool whole = mask.inner == 1 && mask.period >= rows.head(row).n;  // a bit for each element
+    const uint32_t keep = !mask.keep ? ~0u : whole ? mask.keep[word] >> (i & 31) : runs.bits<n>(mask, i);
+    return {live, keep & live, (mask.pruned ? mask.pruned[word] >> (i & 31) : 0) & live};
   }
 };
 

@@ -11,35 +11,36 @@ __global__ void __launch_bounds__(kThreads<S>) squares(const SquaresArgs __grid_
   using T = typename S::compute;
   using raw = typename S::raw;
   constexpr int n = kVector<S>;
-  const int row = a.rows.find(int(blockIdx.x));
-  const Head& head = a.rows.head(row);
-  const Masks masks = a.rows.masked ? a.rows.masks(row) : Masks{};
+  __shared__ Runs runs;
+  const Place place(a.rows);
+  const Head& head = a.rows.head(place.row);
+  place.start(a.rows, runs);
   StageScalars<T> stage{};
   stage.inv_grad_scale = T(inv_grad_scale(a.amp, a.inv_grad_scale));
   stage.direction = stage.clip = T(1);
-  const int64_t block = int(blockIdx.x) - head.first_block;
+  __syncthreads();
   double sum[n] = {};
 
 #pragma unroll
   for (int lane = int(threadIdx.x) * n; lane < kBlock; lane += int(kLanes)) {
-    const int64_t i = block * kBlock + lane;
+    const int64_t i = place.begin + lane;
     if (i >= head.n) break;
     const int count = head.n - i < n ? int(head.n - i) : n;
-    const Bits bits = Bits::of<n>(masks, i, count, head.n);
+    const Bits bits = place.bits<n>(a.rows, runs, lane, count);
     const uint32_t free = bits.keep & ~bits.pruned;
     if (free == 0) continue;
     Vector<raw, n> g;
     read(g, static_cast<const raw*>(head.g) + i, count);
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      const double x = effective_grad(S::load(g.x[j]), free >> j & 1, stage);
+      const double x = effective_grad(S::load(g.get(j)), free >> j & 1, stage);
       sum[j] += x * x;
     }
   }
   __shared__ double lanes[kLanes];
   for (int j = 0; j < n; ++j) lanes[j * kThreads<S> + threadIdx.x] = sum[j];
   const double total = add_lanes_of_block<n>(lanes);
-  if (threadIdx.x == 0) a.memory.squares[head.table_block + block] = total;
+  if (threadIdx.x == 0) a.memory.squares[head.table_block + place.block] = total;
 }
 
 }  // namespace

@@ -6,42 +6,58 @@ namespace fuseopt {
 namespace cuda {
 namespace {
 
+// The scalars of a block, in shared memory: registers are scarce, and one thread rounds each.
+template <class T>
+struct Scalars {
+  T rule[kMaxScalars];
+  StageScalars<T> stage;
+  T ema_weight[kMaxEma];
+
+  template <class Rule>
+  __device__ __forceinline__ const typename Rule::template Scalars<T>& of() const {
+    return *reinterpret_cast<const typename Rule::template Scalars<T>*>(rule);
+  }
+
+  // A threshold is for prunable parameters alone.
+  __device__ __forceinline__ void load(const TensorScalars& from, bool prunable) {
+    constexpr int count = sizeof(TensorScalars) / sizeof(double);
+    static_assert(sizeof(Scalars) == count * sizeof(T), "the same members, of another type");
+    const int k = int(threadIdx.x);
+    if (k >= count) return;
+    T* at = reinterpret_cast<T*>(this) + k;
+    *at = T(reinterpret_cast<const double*>(&from)[k]);
+    if (!prunable && at == &stage.prune_below) *at = T(0);
+  }
+};
+
 // Stage 12: what a thread adds up of its elements. Sums of squares go to the lanes in shared memory.
 template <class S>
 struct Statistics {
   using T = typename S::compute;
-  using Raw = Vector<typename S::raw, kVector<S>>;
-  double* lanes;
+  double* lanes;  // nullptr: they are off
   int zeros = 0, nonfinite = 0;
 
   __device__ __forceinline__ explicit Statistics(double* shared) : lanes(shared) {
-    if (!lanes) return;
-    for (int k = 0; k < kSums * kVector<S>; ++k) lanes[k * kThreads<S> + threadIdx.x] = 0;
+    for (int k = 0; lanes && k < kSums * kVector<S>; ++k) lanes[k * kThreads<S> + threadIdx.x] = 0;
   }
 
-  __device__ __forceinline__ void add(const Raw& g, const Raw& before, const Raw& p, const Bits& bits, StageScalars<T> s) {
+  // Element j of the vector; `free`: the step may change it.
+  __device__ __forceinline__ void add(int j, T g, bool free, T before, T after, StageScalars<T> s) {
     s.clip = T(1);  // the norm is of the gradient before clipping
-    const uint32_t free = bits.keep & ~bits.pruned;
-#pragma unroll
-    for (int j = 0; j < kVector<S>; ++j) {
-      if (!(bits.live >> j & 1)) break;
-      const double x = effective_grad(S::load(g.x[j]), free >> j & 1, s);
-      const double w = S::load(p.x[j]), d = w - double(S::load(before.x[j]));
-      add_square(0, j, x), add_square(1, j, w), add_square(2, j, d);
-      zeros += w == 0;
-      nonfinite += !(x - x == 0);
-    }
+    const double x = effective_grad(g, free, s), w = after;
+    add_square(0, j, x), add_square(1, j, w), add_square(2, j, w - double(before));
+    zeros += w == 0;
+    nonfinite += !(x - x == 0);
   }
 
   __device__ __forceinline__ void store(SumRow* out) const {
     __shared__ int counts[2];
     if (threadIdx.x == 0) counts[0] = counts[1] = 0;
-    double sum[kSums];
-    for (int k = 0; k < kSums; ++k) sum[k] = add_lanes_of_block<kVector<S>>(lanes + k * kLanes);
-    if (zeros) atomicAdd(&counts[0], zeros);
-    if (nonfinite) atomicAdd(&counts[1], nonfinite);
+    for (int k = 0; k < kSums; ++k) add_lanes_of_block<kVector<S>>(lanes + k * kLanes);
+    atomicAdd(&counts[0], zeros);
+    atomicAdd(&counts[1], nonfinite);
     __syncthreads();
-    if (threadIdx.x == 0) *out = {sum[0], sum[1], sum[2], double(counts[0]), double(counts[1])};
+    if (threadIdx.x == 0) *out = {lanes[0], lanes[kLanes], lanes[2 * kLanes], double(counts[0]), double(counts[1])};
   }
 
  private:
@@ -50,22 +66,27 @@ struct Statistics {
   }
 };
 
-// Stages 1 to 10 on a vector; returns the bits of what is pruned now.
+// Stages 1 to 10 on a vector, and 12; returns the bits of what is pruned now.
 template <class Rule, class S, int slots>
 __device__ __forceinline__ uint32_t step_vector(Vector<typename S::raw, kVector<S>>& p,
                                                 const Vector<typename S::raw, kVector<S>>& g,
                                                 Vector<typename S::raw, kVector<S>> (&slot)[slots], const Bits& bits,
                                                 uint32_t frozen, const StageScalars<typename S::compute>& stage,
-                                                const typename Rule::template Scalars<typename S::compute>& rule) {
+                                                const typename Rule::template Scalars<typename S::compute>& rule,
+                                                Statistics<S>& statistics) {
   uint32_t pruned = 0;
 #pragma unroll
   for (int j = 0; j < kVector<S>; ++j) {
-    typename S::raw moment[slots];
-    for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k].x[j];
-    const bool prune = step_element<Rule, S, true>(p.x[j], g.x[j], moment, bits.keep >> j & 1, frozen >> j & 1,
-                                                   bits.pruned >> j & 1, stage, rule);
+    const bool keep = bits.keep >> j & 1, was_pruned = bits.pruned >> j & 1;
+    const typename S::raw before = p.get(j), grad = g.get(j);
+    typename S::raw after = before, moment[slots];
+    for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k].get(j);
+    const bool prune = step_element<Rule, S, true>(after, grad, moment, keep, frozen >> j & 1, was_pruned, stage, rule);
     pruned |= uint32_t(prune) << j;
-    for (int k = 0; k < Rule::slots; ++k) slot[k].x[j] = moment[k];
+    p.set(j, after);
+    for (int k = 0; k < Rule::slots; ++k) slot[k].set(j, moment[k]);
+    if (statistics.lanes && (bits.live >> j & 1))
+      statistics.add(j, S::load(grad), keep && !was_pruned, S::load(before), S::load(after), stage);
   }
   return pruned & bits.live;
 }
@@ -80,62 +101,63 @@ __device__ __forceinline__ void update_average(void* average, int64_t i, int cou
   read(e, at, count);
 #pragma unroll
   for (int j = 0; j < kVector<S>; ++j)
-    e.x[j] = ema_element<E>(e.x[j], S::load(p.x[j]), weight, pruned >> j & 1, frozen >> j & 1);
+    e.set(j, ema_element<E>(e.get(j), S::load(p.get(j)), weight, pruned >> j & 1, frozen >> j & 1));
   write(at, e, count);
 }
 
+// Threads that a multiprocessor must hold at once: enough to keep its memory busy, few enough for every kernel to live
+// without spills.
+constexpr int kResident = 640;
+
 template <class Rule, class S>
-__global__ void __launch_bounds__(kThreads<S>) update(const UpdateArgs __grid_constant__ a) {
+__global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(const UpdateArgs __grid_constant__ a) {
   if (a.memory.control->skip != 0) return;
   using T = typename S::compute;
   using raw = typename S::raw;
   constexpr int n = kVector<S>, slots = Rule::slots > 0 ? Rule::slots : 1;
   extern __shared__ double lanes[];
+  __shared__ Scalars<T> scalars;
+  __shared__ Runs runs;
   const Rows& rows = a.rows;
-  const int row = rows.find(int(blockIdx.x));
+  const Place place(rows);
+  const int row = place.row;
   const Head& head = rows.head(row);
-  const TensorScalars& scalars = a.memory.scalars[head.tensor];
-  const Masks masks = rows.masked ? rows.masks(row) : Masks{};
-  const auto rule = rounded<Rule::template Scalars, T>(scalars.rule);
-  auto stage = rounded<StageScalars, T>(&scalars.stage.inv_grad_scale);
-  if (!masks.pruned) stage.prune_below = T(0);  // a threshold is for prunable parameters alone
-  const bool counts = a.memory.sums != nullptr;
-  Statistics<S> statistics(counts ? lanes : nullptr);
-  const int64_t block = int(blockIdx.x) - head.first_block;
+  place.start(rows, runs);
+  scalars.load(a.memory.scalars[head.tensor], rows.masked && rows.masks(row).pruned);
+  Statistics<S> statistics(a.memory.sums ? lanes : nullptr);
+  __syncthreads();
+  const auto& rule = scalars.template of<Rule>();
 
 #pragma unroll 1
   for (int lane = int(threadIdx.x) * n; lane < kBlock; lane += int(kLanes)) {
-    const int64_t i = block * kBlock + lane;
+    const int64_t i = place.begin + lane;
     if (i >= head.n) break;
     const int count = head.n - i < n ? int(head.n - i) : n;
-    const Bits bits = Bits::of<n>(masks, i, count, head.n);
+    const Bits bits = place.bits<n>(rows, runs, lane, count);
     const uint32_t frozen = head.freeze ? bits.live & ~bits.keep : 0;
     const bool idle = frozen == bits.live;
-    if (idle && !counts && rows.averages == 0) continue;
-    raw* at = static_cast<raw*>(head.p) + i;
-    Vector<raw, n> p, g{}, slot[slots];
-    read(p, at, count);
-    const Vector<raw, n> before = p;
-    uint32_t pruned = bits.pruned;
+    if (idle && !statistics.lanes && rows.averages == 0) continue;
+    Vector<raw, n> p, g{}, slot[slots]{};
+    read(p, static_cast<const raw*>(head.p) + i, count);
     if (!idle) {
       read(g, static_cast<const raw*>(head.g) + i, count);
       for (int k = 0; k < Rule::slots; ++k) read(slot[k], static_cast<const raw*>(rows.slot(row, k)) + i, count);
-      pruned = step_vector<Rule, S>(p, g, slot, bits, frozen, stage, rule);
-      write(at, p, count);
-      for (int k = 0; k < Rule::slots; ++k) write(static_cast<raw*>(rows.slot(row, k)) + i, slot[k], count);
-      if (masks.pruned && pruned != bits.pruned) atomicOr(&masks.pruned[i >> 5], (pruned & ~bits.pruned) << (i & 31));
     }
-    if (counts) statistics.add(g, before, p, bits, stage);
+    const uint32_t pruned = step_vector<Rule, S>(p, g, slot, bits, frozen, scalars.stage, rule, statistics);
+    if (!idle) {
+      write(static_cast<raw*>(head.p) + i, p, count);
+      for (int k = 0; k < Rule::slots; ++k) write(static_cast<raw*>(rows.slot(row, k)) + i, slot[k], count);
+      if (pruned != bits.pruned && rows.masked) atomicOr(&rows.masks(row).pruned[i >> 5], (pruned & ~bits.pruned) << (i & 31));
+    }
     for (int k = 0; k < rows.averages; ++k) {
       void* average = rows.average(row, k);
-      const T weight = T(scalars.ema_weight[k]);
+      const T weight = scalars.ema_weight[k];
       if (!average || (weight == T(0) && pruned == 0)) continue;
-      using Narrow = S;
-      if (head.narrow >> k & 1) update_average<S, Narrow>(average, i, count, p, weight, pruned, frozen);
+      if (sizeof(raw) < sizeof(T) && (head.narrow >> k & 1)) update_average<S, S>(average, i, count, p, weight, pruned, frozen);
       else update_average<S, typename Wide<S>::type>(average, i, count, p, weight, pruned, frozen);
     }
   }
-  if (counts) statistics.store(&a.memory.sums[head.table_block + block]);
+  if (statistics.lanes) statistics.store(&a.memory.sums[head.table_block + place.block]);
 }
 
 }  // namespace
