@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+import emulated
 import fuseopt
 from fuseopt import EMA, Prune, cpu
 
 STEPS = 3
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
-BACKENDS = ("cpu", "torch") if cpu.native_error() is None else ("torch",)
+BACKENDS = tuple(name for name, why_not in (("cpu", cpu.native_error()), ("cuda", emulated.why_not), ("torch", None)) if why_not is None)
 
 # ---- rules: every hyper-parameter is non-zero somewhere ---------------------------------------------
 

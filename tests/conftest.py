@@ -8,14 +8,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import pytest
 import torch
 
+import emulated
 from fuseopt import cpu, torch_abi, torch_layout
 
+WHY_NOT = {"cpu": cpu.native_error(), "cuda": emulated.why_not, "torch": None}
 
-@pytest.fixture(params=("cpu", "torch"))
+
+@pytest.fixture(params=WHY_NOT)
 def backend(request):
-    """Each backend in turn."""
-    if request.param == "cpu" and cpu.native_error():
-        pytest.skip(cpu.native_error())
+    """Each backend in turn; the CUDA kernels run on the CPU."""
+    if WHY_NOT[request.param]:
+        pytest.skip(WHY_NOT[request.param])
     return request.param
 
 

@@ -21,7 +21,7 @@ __device__ __forceinline__ void for_each_vector(const Rows& rows, int row, int64
     Vector<typename S::raw, n> p;
     read(p, static_cast<const typename S::raw*>(head.p) + i, count);
     uint32_t key[n];
-    for (int j = 0; j < n; ++j) key[j] = magnitude<S>(p.x[j]);
+    for (int j = 0; j < n; ++j) key[j] = magnitude<S>(p.get(j));
     fn(lane, free, key);
   }
 }
