@@ -18,10 +18,10 @@ struct Average {  // the options of fuseopt.EMA as numbers
 };
 enum Warmup { kConstant, kTimm, kDiffusers, kEdm2, kSwa };
 
-// w = 1 - d of step t, from 1; 0 where the average is not updated.
+// w = 1 - d of step t, from 1; -1 where the average is not updated.
 FUSEOPT_INLINE double ema_weight(const Average& a, double t) {
   const double u = (t - a.start) / a.every;  // the number of the update
-  if (u < 1 || u != std::floor(u)) return 0;
+  if (u < 1 || u != std::floor(u)) return -1;
   const int warmup = int(a.warmup);
   if (warmup == kSwa || (u == 1 && warmup != kConstant)) return 1 / u;
   if (warmup == kEdm2) return 1 - std::pow(1 - 1 / u, a.gamma + 1);

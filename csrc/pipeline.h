@@ -89,17 +89,17 @@ FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename
 }
 
 // Stage 11: a moving average of the stored parameter, in storage type E; exactly as sparse as the model.
-// With weight 0, and where frozen, it keeps its very bits. NaN is no value yet: the first update copies the
-// parameter, and nothing else writes there.
+// A negative weight means that this step does not update it. Then, with weight 0 and where frozen, it keeps its very
+// bits. NaN is no value yet: the first update copies the parameter, whatever the weight, and nothing else writes there.
 template <class E>
 FUSEOPT_INLINE typename E::raw ema_element(typename E::raw ema, typename E::compute p, typename E::compute weight,
                                            bool pruned, bool frozen) {
   using raw = typename E::raw;
   using T = typename E::compute;
   const T old = E::load(ema);
-  const bool empty = old != old, due = weight != T(0);
+  const bool empty = old != old, due = weight >= T(0);
   const raw moved = E::store(empty ? p : fma(weight, p - old, old));
-  const raw next = select(due & (empty | !frozen), moved, ema);
+  const raw next = select(due & (empty | (!frozen & (weight != T(0)))), moved, ema);
   return select(pruned & (due | !empty), raw(0), next);
 }
 

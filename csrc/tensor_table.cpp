@@ -123,7 +123,7 @@ bool is_empty(const void* ema, int storage, int64_t n) {
 void drop_idle_averages(const Group& group, Tensor* t) {
   for (int k = 0; k < group.n_ema; ++k) {
     const int storage = t->storage == 1 || group.ema_narrow[k] ? t->storage : 0;
-    if (group.ema_weight[k] == 0 && (!t->pruned || is_empty(t->ema[k], storage, t->n))) t->ema[k] = nullptr;
+    if (group.ema_weight[k] < 0 && (!t->pruned || is_empty(t->ema[k], storage, t->n))) t->ema[k] = nullptr;
   }
 }
 

@@ -69,6 +69,7 @@ def begin(opt) -> plan.Step | None:
     on_gpu, captured = choose(opt) == "cuda", False
     if on_gpu:
         cuda.check_device(opt)
+        cuda.memory_of(opt)
         captured = cuda.capturing()
         if captured:
             cuda.check_capture(opt)
@@ -96,10 +97,7 @@ def run(opt, step: plan.Step) -> None:
     # On the CPU counters and counts lie, whatever torch's default device; masks' functions may use that.
     with held(), masking.recomputed(opt, step), torch.device("cpu"):
         prepared = update(opt, step)
-        if name == "cuda":
-            _note_new_values(opt, step, prepared)
-        else:
-            _copy_into_new_averages(opt, prepared)
+        _give_first_values(opt, step, prepared)
         at_once(*of_buffers)
         for selection in select.selections(opt, step):
             patterns.prune(opt, selection, lambda members: ranker(opt, members))
@@ -124,24 +122,17 @@ def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]])
 
 
 @torch.no_grad()
-def _copy_into_new_averages(opt, prepared: dict[Tensor, plan.Prepared]) -> None:
-    """The first update of an average copies the parameter."""
+def _give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """The first update of an average copies the parameter. On the CPU the pass does not visit what is frozen."""
+    if step.amp[0] is not None:  # nobody knows whether it counted; cuda.settle looks
+        return
     for p, made in prepared.items():
         for key in made.filled:
             if key in ema.NAMES:
                 opt.state[p][key].copy_(p)
             opt._placeholders[key].discard(p)
-
-
-def _note_new_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
-    """What the step gave its first value is no placeholder any more, if it is known to have counted."""
-    if step.amp[0] is not None:
-        return
-    for p, made in prepared.items():
-        for key in made.filled:
-            if key not in ema.NAMES:  # cuda.settle looks at the averages when somebody asks
-                opt._placeholders[key].discard(p)
-    opt._memory.noted -= prepared.keys()
+    if "_memory" in opt.__dict__:
+        opt._memory.noted -= prepared.keys()
 
 
 # ---- torch ---------------------------------------------------------------------------------------

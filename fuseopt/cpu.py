@@ -138,7 +138,7 @@ class Ranker:
         for gs, p in members:  # a parameter may have no gradient, or no state yet
             mask.into_memory_order(opt.state[p], p)
             has = opt.state[p].__contains__  # see plan.settle_state
-            emas = tuple((key, 0.0, key in gs.narrow, True) for key in gs.emas if has(key))
+            emas = tuple((key, -1.0, key in gs.narrow, True) for key in gs.emas if has(key))
             specs.append(spec(gs, [p], tuple(filter(has, gs.slots)), (), emas))
             grads[p] = (p, False, None)
         self.opt, self.members, self.table = opt, members, (module or native).TensorTable()

@@ -206,15 +206,14 @@ def has_new_moments(opt, step: plan.Step) -> bool:
 
 def must_know(opt) -> bool:
     """Whether Python must know the number of a step and whether it counts."""
-    memory = opt.__dict__.get("_memory")
-    least = memory.least if memory is not None else 0
+    least = opt._memory.least
     schedules = [group["prune"] for group in opt.param_groups if group["prune"] and group["prune"]["threshold"] is None]
     return bool(opt._dynamic or opt._tracked) or any((one["end"] or one["begin"]) > least for one in schedules)
 
 
 def amp(opt) -> tuple[Tensor | None, Tensor | None]:
     """(found_inf, grad_scale) of a GradScaler where the kernels are to read them; None for what there is not."""
-    device = memory_of(opt).device
+    device = opt._memory.device
     found = [getattr(opt, name, None) for name in ("found_inf", "grad_scale")]
     return tuple(None if x is None else torch.as_tensor(x).to(device, torch.float32, non_blocking=True) for x in found)
 
@@ -223,7 +222,7 @@ def check_capture(opt) -> None:
     """Raise RuntimeError, with nothing changed, if a graph cannot capture this step."""
     if not all(group.get("capturable", True) for group in opt.param_groups):
         raise RuntimeError("step() is being captured into a CUDA graph, but capturable is False; pass capturable=True")
-    if opt.__dict__.get("_memory") is None:
+    if not opt._memory.addresses:
         raise RuntimeError(WARM_UP)
     if must_know(opt):
         raise RuntimeError(
@@ -257,7 +256,7 @@ def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple
 
 def gather(opt, step: plan.Step, replaced: dict) -> tuple:
     """(table, problems): the optimizer's table filled from its live tensors; see cpu.gather."""
-    memory = memory_of(opt)
+    memory = opt._memory
     table = opt.__dict__.pop("_table", None)
     if not isinstance(table, native.TensorTable):
         table = native.TensorTable()

@@ -24,7 +24,7 @@ class GroupStep:
     thinned: tuple[str, ...]  # and those in which a threshold may zero entries; none before averaging begins
     hyper: tuple[float, ...]
     stage: dict[str, float]  # schema.STAGE_SCALARS; clip is set once the norm is known
-    ema_weights: tuple[float, ...]  # of `emas`; 0 where not due
+    ema_weights: tuple[float, ...]  # of `emas`; -1 where not due
     sparsity: float | None  # prune to it after the update; None at steps that do not select
     prunes: bool  # a mask of pruned entries is needed from this step on
     lr: Tensor | None  # where the kernels read it on the GPU

@@ -58,7 +58,7 @@ def step_parameter(opt, gs: plan.GroupStep, p: Tensor, g: Tensor, clip_factor: f
     for key in gs.counters:
         state[key].fill_(counter[key])
     for key, weight, _, passed in gs.averages():
-        if passed and (weight != 0 or not ema.is_empty(state[key])):
+        if passed and (weight >= 0 or not ema.is_empty(state[key])):
             state[key].copy_(ema.update(state[key], p.to(kind), weight, pruned, frozen))
 
 

@@ -293,7 +293,7 @@ def test_parameters_that_share_memory_or_state_follow_each_other(rule):
     for name in ("cpu", "cuda"):
         memory = base.clone()
         parts = [torch.nn.Parameter(memory[:30]), torch.nn.Parameter(memory[20:])]
-        opts.append(rule.ours(parts, backend=name, max_grad_norm=0.5, ema=EMA(0.5)))
+        opts.append(rule.ours(parts, backend=name, max_grad_norm=0.5))
         run(opts[-1], parts, 3)
     assert_same_state(*opts)
 

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
     for (int k = 0; k < rows.averages; ++k) {
       void* average = rows.average(row, k);
       const T weight = scalars.ema_weight[k];
-      if (!average || (weight == T(0) && pruned == 0)) continue;
+      if (!average || (weight < T(0) && pruned == 0)) continue;
       if (sizeof(raw) < sizeof(T) && (head.narrow >> k & 1)) update_average<S, S>(average, i, count, p, weight, pruned, frozen);
       else update_average<S, typename Wide<S>::type>(average, i, count, p, weight, pruned, frozen);
     }

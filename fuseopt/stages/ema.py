@@ -108,9 +108,9 @@ def is_due(options: dict, t: int) -> bool:
 
 
 def weight(options: dict, t: int) -> float:
-    """w = 1 - d of step t, for the update that it makes; 0 where it makes none."""
+    """w = 1 - d of step t, for the update that it makes; -1 where it makes none."""
     if not is_due(options, t):
-        return 0.0
+        return -1.0
     u = updates(options, t)
     if options["warmup"] == "swa" or u == 1 and options["warmup"] is not None:
         return 1 / u
@@ -126,12 +126,12 @@ def weight(options: dict, t: int) -> float:
 def update(e: Tensor, p: Tensor, w: float, pruned: Tensor | None, frozen: Tensor | None = None) -> Tensor:
     """e + w*(p - e), p where e is NaN; e where frozen, +0.0 where pruned.
 
-    p is in the type of the arithmetic; e is rounded once. With w = 0 a NaN stays.
+    p is in the type of the arithmetic; e is rounded once. w < 0: no update, and a NaN stays. w = 0 keeps what there is.
     """
     empty = e.isnan()
-    if w != 0:
+    if w >= 0:
         wide = e.to(p.dtype)
-        moved = torch.where(empty, p, wide + w * (p - wide)).to(e.dtype)
+        moved = torch.where(empty, p, wide + w * (p - wide)).to(e.dtype) if w else torch.where(empty, p.to(e.dtype), e)
         e = moved if frozen is None else torch.where(frozen & ~empty, e, moved)
     elif pruned is not None:
         pruned = pruned & ~empty
