@@ -13,7 +13,7 @@ namespace {
 enum Spec { kParams, kRule, kSlots, kCounters, kEmas, kHyper, kStage, kMaxNorm, kDevice };
 
 // And in the tuple of each of its averages.
-enum Average { kKey, kWeight, kNarrow, kPassed };
+enum OfAverage { kKey, kWeight, kNarrow, kPassed };
 
 PyObject* item(PyObject* tuple, int k) { return PyTuple_GET_ITEM(tuple, k); }
 int size(PyObject* tuple) { return int(PyTuple_GET_SIZE(tuple)); }

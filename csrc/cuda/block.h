@@ -2,6 +2,8 @@
 // all of them, and so each thread owns the lanes of its vector.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "../streams.h"
 #include "rows.h"
 
@@ -10,6 +12,7 @@ namespace cuda {
 
 template <class S> constexpr int kVector = 16 / sizeof(typename S::raw);
 template <class S> constexpr int kThreads = int(kLanes) / kVector<S>;
+inline int threads_of(int storage) { return int(kLanes * element_size(storage)) / 16; }
 
 // n elements. They are held as words: an element of 16 bits of its own would take a whole register.
 template <class raw, int n>
@@ -56,6 +59,13 @@ __device__ __forceinline__ void write(raw* at, const Vector<raw, n>& v, int coun
   for (int j = 0; j < n; ++j)
     if (j < count) at[j] = v.get(j);
 }
+
+#if defined(__CUDACC__)
+__device__ __forceinline__ double* dynamic_shared() {
+  extern __shared__ double memory[];
+  return memory;
+}
+#endif
 
 // Where a mask that repeats stands at the start of a block: in a run of `inner` elements that share a bit. What a block
 // does not reach is cut off, so that 32 bits suffice inside it: a 64-bit division is long, and a call.

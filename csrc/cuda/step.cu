@@ -1,6 +1,7 @@
 // The pass over memory: stages 1 to 12 on one block of one tensor.
 #include "block.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace fuseopt {
 namespace cuda {
@@ -29,6 +30,8 @@ struct Scalars {
     if (!prunable && at == &stage.prune_below) *at = T(0);
   }
 };
+
+constexpr int kSums = 3;  // of squares: gradient, parameter, change
 
 // Stage 12: what a thread adds up of its elements. Sums of squares go to the lanes in shared memory.
 template <class S>
@@ -115,7 +118,6 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
   using T = typename S::compute;
   using raw = typename S::raw;
   constexpr int n = kVector<S>, slots = Rule::slots > 0 ? Rule::slots : 1;
-  extern __shared__ double lanes[];
   __shared__ Scalars<T> scalars;
   __shared__ Runs runs;
   const Rows& rows = a.rows;
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
   const Head& head = rows.head(row);
   place.start(rows, runs);
   scalars.load(a.memory.scalars[head.tensor], rows.masked && rows.masks(row).pruned);
-  Statistics<S> statistics(a.memory.sums ? lanes : nullptr);
+  Statistics<S> statistics(a.memory.sums ? dynamic_shared() : nullptr);
   __syncthreads();
   const auto& rule = scalars.template of<Rule>();
 
@@ -162,8 +164,13 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
 
 }  // namespace
 
+void launch_update(int rule, int storage, const UpdateArgs& args, cudaStream_t stream) {
 #define FUSEOPT_ROW(Rule, name) {update<Rule, F32>, update<Rule, F64>, update<Rule, BF16>, update<Rule, F16>},
-const UpdateKernel update_kernels[kRules][kStorages] = {FUSEOPT_RULES(FUSEOPT_ROW)};
+  static constexpr decltype(&update<Adam, F32>) kernels[kRules][kStorages] = {FUSEOPT_RULES(FUSEOPT_ROW)};
+#undef FUSEOPT_ROW
+  const size_t shared = args.memory.sums ? kSums * kLanes * sizeof(double) : 0;
+  launch_with(shared, kernels[rule][storage], args.rows.blocks, threads_of(storage), stream, args);
+}
 
 }  // namespace cuda
 }  // namespace fuseopt

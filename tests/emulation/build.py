@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 # Those of setup.py that matter for the arithmetic; -O1 because it is compiled more often than it is run.
-FLAGS = "-std=c++17 -O1 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -fPIC -Wall"
+FLAGS = "-std=c++17 -O1 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Wno-unknown-pragmas"
 SANITIZE = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 NINJA = """\
