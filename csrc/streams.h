@@ -48,6 +48,12 @@ inline int64_t compute_size(int storage) {
   return size[storage];
 }
 
+// |x| as fp32, as the whole number that is ordered like it; NaN above all. Pruning ranks by it.
+template <class S>
+FUSEOPT_INLINE uint32_t magnitude(typename S::raw x) {
+  return bit_cast<uint32_t>(float(S::load(x))) & 0x7fffffffu;
+}
+
 // A mask that repeats: element i of the parameter has bit (i / inner) % period. One whole bit mask is
 // inner = 1, period = n; a row mask is inner = columns, period = rows; a column mask inner = 1,
 // period = columns. Bits are packed from the least significant one; words are little-endian.

@@ -8,7 +8,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from . import buffers, cpu, cuda, distributed, masking, patterns, plan, reference, select
+from . import buffers, cpu, cuda, cuda_ranker, distributed, masking, patterns, plan, reference, select
 from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
 from .stages import ema
@@ -221,6 +221,6 @@ def _compiled_update(engine, opt, step: plan.Step) -> dict[Tensor, plan.Prepared
 ENGINES = {"cpu": cpu, "cuda": cuda}
 TABLE: dict[str, tuple[Callable, Callable]] = {
     "cpu": (partial(_compiled_update, cpu), cpu.ranker),
-    "cuda": (partial(_compiled_update, cuda), cuda.ranker),
+    "cuda": (partial(_compiled_update, cuda), cuda_ranker.ranker),
     "torch": (_torch_update, patterns.TorchRanker),
 }

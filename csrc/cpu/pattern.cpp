@@ -15,7 +15,7 @@ constexpr int32_t kPruned = INT32_MIN, kFrozen = INT32_MAX;
 template <class S>
 void load_keys(const void* p, int64_t at, int64_t n, int32_t* key) {
   const auto* x = static_cast<const typename S::raw*>(p) + at;
-  for (int64_t i = 0; i < n; ++i) key[i] = int32_t(bit_cast<uint32_t>(float(S::load(x[i]))) & 0x7fffffffu) - 1;
+  for (int64_t i = 0; i < n; ++i) key[i] = int32_t(magnitude<S>(x[i])) - 1;
 }
 void (*const keys_of[kStorages])(const void*, int64_t, int64_t, int32_t*) = {
 #define FUSEOPT_KEYS(S) load_keys<S>,

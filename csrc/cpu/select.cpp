@@ -13,7 +13,7 @@ namespace {
 template <class S>
 void load_magnitudes(const Span& a, uint32_t* out) {
   const auto* p = static_cast<const typename S::raw*>(a.p);
-  for (int64_t i = 0; i < a.n; ++i) out[i] = bit_cast<uint32_t>(float(S::load(p[i]))) & 0x7fffffffu;
+  for (int64_t i = 0; i < a.n; ++i) out[i] = magnitude<S>(p[i]);
 }
 void (*const magnitudes[kStorages])(const Span&, uint32_t*) = {
 #define FUSEOPT_MAGNITUDES(S) load_magnitudes<S>,

@@ -14,7 +14,8 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("fuseopt: CUDA says: ") + cudaGetErrorString(error));
 }
 
-// A large parameter is written `const Rows __grid_constant__ rows`, in this order: see tests/emulation/cuda_runtime.h.
+// A large parameter is written `const Rows __grid_constant__ rows`, in this order and in the types of pointers too: see
+// tests/emulation/cuda_runtime.h.
 // `shared`: bytes of dynamic shared memory.
 template <class... P>
 void launch_with(size_t shared, void (*kernel)(P...), int blocks, int threads, cudaStream_t stream,
