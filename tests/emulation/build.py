@@ -25,7 +25,7 @@ SANITIZE = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitiz
 
 NINJA = """\
 rule compile
-  command = {cxx} {flags} -MMD -MF $out.d -x c++ -c $in -o $out
+  command = {cxx} {flags} $more -MMD -MF $out.d -x c++ -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -63,6 +63,8 @@ def build(sanitize: bool = False) -> Path:
     for source in sources():
         objects.append("_".join(source.relative_to(ROOT / "csrc").parts) + ".o")
         lines.append(f"build {objects[-1]}: compile {str(source).replace(' ', '$ ')}\n")
+        if source.suffix == ".cu":
+            lines.append("  more = -include cuda_runtime.h\n")  # as nvcc does
     name = f"_CUDA{sysconfig.get_config_var('EXT_SUFFIX')}"
     lines.append(f"build {name}: link {' '.join(objects)}\n")
     with open(folder / "lock", "w") as lock:
