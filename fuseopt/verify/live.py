@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cuda import settle
 from ..stages.mask import unfold
 from . import recipe
 from .judge import Interval
@@ -30,6 +31,8 @@ def computes_in(opt, kind: type, p: Tensor, options: dict) -> torch.dtype:
 
 def live_streams(opt, kind: type, p: Tensor) -> dict[str, dict[str, Tensor]]:
     """The live state of p as {"moments": ..., "emas": ..., "counters": ...}; moments and averages flat."""
+    if hasattr(opt, "_placeholders"):
+        settle(opt)  # they are known to the GPU alone
     made = {k for k, of in getattr(opt, "_placeholders", {}).items() if p in of}  # but without a value yet
     state = {k: v for k, v in opt.state.get(p, {}).items() if isinstance(v, Tensor) and k not in made}
     return {
