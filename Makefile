@@ -45,7 +45,7 @@ sanitize: $(VENV)/built
 	$(RUN) tests/emulation/build.py --sanitize
 	FUSEOPT_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(RUN) -m pytest -q tests/test_cuda_*.py $(ARGS)
+	  $(RUN) -m pytest -q -s tests/test_cuda_*.py $(ARGS)  # -s: the report goes to stderr
 
 bench: $(VENV)/built
 	$(RUN) bench/step.py $(ARGS)
