@@ -72,24 +72,32 @@ struct Statistics {
 // Stages 1 to 10 on a vector, and 12; returns the bits of what is pruned now.
 template <class Rule, class S, int slots>
 __device__ __forceinline__ uint32_t step_vector(Vector<typename S::raw, kVector<S>>& p,
-                                                const Vector<typename S::raw, kVector<S>>& g,
+                                                Vector<typename S::raw, kVector<S>>& g,
                                                 Vector<typename S::raw, kVector<S>> (&slot)[slots], const Bits& bits,
                                                 uint32_t frozen, const StageScalars<typename S::compute>& stage,
                                                 const typename Rule::template Scalars<typename S::compute>& rule,
                                                 Statistics<S>& statistics) {
+  constexpr int n = kVector<S>;
   uint32_t pruned = 0;
+#pragma unroll 1
+  for (int first = 0; first < n; first += kUnrolled) {
 #pragma unroll
-  for (int j = 0; j < kVector<S>; ++j) {
-    const bool keep = bits.keep >> j & 1, was_pruned = bits.pruned >> j & 1;
-    const typename S::raw before = p.get(j), grad = g.get(j);
-    typename S::raw after = before, moment[slots];
-    for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k].get(j);
-    const bool prune = step_element<Rule, S, true>(after, grad, moment, keep, frozen >> j & 1, was_pruned, stage, rule);
-    pruned |= uint32_t(prune) << j;
-    p.set(j, after);
-    for (int k = 0; k < Rule::slots; ++k) slot[k].set(j, moment[k]);
-    if (statistics.lanes && (bits.live >> j & 1))
-      statistics.add(j, S::load(grad), keep && !was_pruned, S::load(before), S::load(after), stage);
+    for (int j = 0; j < kUnrolled && j < n; ++j) {
+      const int at = first + j;
+      const bool keep = bits.keep >> at & 1, was_pruned = bits.pruned >> at & 1;
+      const typename S::raw before = p.get(j), grad = g.get(j);
+      typename S::raw after = before, moment[slots];
+      for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k].get(j);
+      const bool prune =
+          step_element<Rule, S, true>(after, grad, moment, keep, frozen >> at & 1, was_pruned, stage, rule);
+      pruned |= uint32_t(prune) << at;
+      p.set(j, after);
+      for (int k = 0; k < Rule::slots; ++k) slot[k].set(j, moment[k]);
+      if (statistics.lanes && (bits.live >> at & 1))
+        statistics.add(at, S::load(grad), keep && !was_pruned, S::load(before), S::load(after), stage);
+    }
+    turn(p), turn(g);
+    for (int k = 0; k < Rule::slots; ++k) turn(slot[k]);
   }
   return pruned & bits.live;
 }
@@ -97,14 +105,20 @@ __device__ __forceinline__ uint32_t step_vector(Vector<typename S::raw, kVector<
 // Stage 11, for an average in storage type E.
 template <class S, class E>
 __device__ __forceinline__ void update_average(void* average, int64_t i, int count,
-                                               const Vector<typename S::raw, kVector<S>>& p,
+                                               Vector<typename S::raw, kVector<S>>& p,
                                                typename S::compute weight, uint32_t pruned, uint32_t frozen) {
   auto* at = static_cast<typename E::raw*>(average) + i;
   Vector<typename E::raw, kVector<S>> e;
   read(e, at, count);
+#pragma unroll 1
+  for (int first = 0; first < kVector<S>; first += kUnrolled) {
 #pragma unroll
-  for (int j = 0; j < kVector<S>; ++j)
-    e.set(j, ema_element<E>(e.get(j), S::load(p.get(j)), weight, pruned >> j & 1, frozen >> j & 1));
+    for (int j = 0; j < kUnrolled && j < kVector<S>; ++j) {
+      const int bit = first + j;
+      e.set(j, ema_element<E>(e.get(j), S::load(p.get(j)), weight, pruned >> bit & 1, frozen >> bit & 1));
+    }
+    turn(e), turn(p);
+  }
   write(at, e, count);
 }
 
@@ -149,14 +163,17 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
     if (!idle) {
       write(static_cast<raw*>(head.p) + i, p, count);
       for (int k = 0; k < Rule::slots; ++k) write(static_cast<raw*>(rows.slot(row, k)) + i, slot[k], count);
-      if (pruned != bits.pruned && rows.masked) atomicOr(&rows.masks(row).pruned[i >> 5], (pruned & ~bits.pruned) << (i & 31));
+      if (pruned != bits.pruned && rows.masked)
+        atomicOr(&rows.masks(row).pruned[i >> 5], (pruned & ~bits.pruned) << (i & 31));
     }
     for (int k = 0; k < rows.averages; ++k) {
       void* average = rows.average(row, k);
       const T weight = scalars.ema_weight[k];
       if (!average || (weight == T(0) && pruned == 0)) continue;
-      if (sizeof(raw) < sizeof(T) && (head.narrow >> k & 1)) update_average<S, S>(average, i, count, p, weight, pruned, frozen);
-      else update_average<S, typename Wide<S>::type>(average, i, count, p, weight, pruned, frozen);
+      if (sizeof(raw) < sizeof(T) && (head.narrow >> k & 1))
+        update_average<S, S>(average, i, count, p, weight, pruned, frozen);
+      else
+        update_average<S, typename Wide<S>::type>(average, i, count, p, weight, pruned, frozen);
     }
   }
   if (statistics.lanes) statistics.store(&a.memory.sums[head.table_block + place.block]);
