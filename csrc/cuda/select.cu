@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads<S>) digits(const Rows __grid_constant
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads<S>) ties(const Rows __grid_constant__ rows, uint32_t kth, int64_t* out) {
+__global__ void __launch_bounds__(kThreads<S>, 1024 / kThreads<S>) ties(const Rows __grid_constant__ rows, uint32_t kth, int64_t* out) {
   __shared__ int total;
   const Place place(rows);
   if (threadIdx.x == 0) total = 0;
