@@ -33,7 +33,7 @@ def squares_of_tile(lanes, table, tensors, k, at, live, s, g, MASKED: tl.constex
     return lanes + square(effective_grad(load(g, at, live).to(s[0].dtype), keep, s))
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["table", "tensors", "scalars", "sums"])
 def grad_norm(table, tensors, scalars, sums, MASKED: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of squares of each block's gradient, as far as the step may change its entries."""
     k, number = find(table, tensors, tl.program_id(0))
@@ -60,7 +60,7 @@ def add_blocks(sums, blocks):
     return add_lanes(lanes)
 
 
-@triton.jit(do_not_specialize=["blocks", "groups"])
+@triton.jit(do_not_specialize=["sums", "blocks", "bounds", "groups", "wide", "narrow"])
 def clip(sums, blocks, bounds, groups, wide, narrow):
     """Each group's factor min(1, max_grad_norm / (norm + 1e-6)), in fp64 and fp32, from the sums of all blocks.
 

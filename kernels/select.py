@@ -42,7 +42,7 @@ def candidates(table, tensors, k, at, live, DTYPE: tl.constexpr):
     return magnitude(load(stream(table, tensors, k, P, DTYPE), at, live)), live & ~pruned & ~frozen
 
 
-@triton.jit(do_not_specialize=["tensors", "prefix", "shift", "width"])
+@triton.jit(do_not_specialize=["table", "tensors", "counts", "prefix", "shift", "width"])
 def histogram(table, tensors, counts, prefix, shift, width, DTYPE: tl.constexpr):
     """Adds to `counts` the candidates by digit: of those m with m >> (shift + width) == prefix, m >> shift."""
     k, number = find(table, tensors, tl.program_id(0))
@@ -55,7 +55,7 @@ def histogram(table, tensors, counts, prefix, shift, width, DTYPE: tl.constexpr)
         tl.atomic_add(counts + digit, 1, mask=free & (wide >> (shift + width) == prefix), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tensors", "kth"])
+@triton.jit(do_not_specialize=["table", "tensors", "counts", "kth"])
 def ties(table, tensors, counts, kth, DTYPE: tl.constexpr):
     """The number of candidates equal to kth of each block."""
     k, number = find(table, tensors, tl.program_id(0))
@@ -95,7 +95,7 @@ def prune_tile(
             zero_stream(ema, at, chosen & (old == old))
 
 
-@triton.jit(do_not_specialize=["tensors", "kth"])
+@triton.jit(do_not_specialize=["table", "tensors", "kth", "quotas"])
 def prune_smallest(
     table, tensors, kth, quotas,
     SLOTS: tl.constexpr, AVERAGES: tl.constexpr, NARROW: tl.constexpr, DTYPE: tl.constexpr,
@@ -129,7 +129,7 @@ def order_in_group(table, tensors, i, there, DTYPE: tl.constexpr):
     return tl.where(gone >> (i & 31).to(tl.int32) & 1 != 0, -1, key)
 
 
-@triton.jit(do_not_specialize=["n", "m", "channels", "stride"])
+@triton.jit(do_not_specialize=["table", "marks", "n", "m", "channels", "stride"])
 def mark_n_m(table, marks, n, m, channels, stride, DTYPE: tl.constexpr):
     """Sets a bit of `marks` where n entries of an entry's group of m along a dimension come before it: larger ones,
     and equal ones of lower index. The tensor is the only one of the table."""
@@ -149,7 +149,7 @@ def mark_n_m(table, marks, n, m, channels, stride, DTYPE: tl.constexpr):
         set_bits(marks, at, live, (before >= n) & (own >= 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table", "marks"])
 def prune_marked(
     table, marks,
     SLOTS: tl.constexpr, AVERAGES: tl.constexpr, NARROW: tl.constexpr, DTYPE: tl.constexpr,

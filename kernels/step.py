@@ -87,7 +87,7 @@ def step_tile(
         return lanes
 
 
-@triton.jit(do_not_specialize=["tensors", "blocks"])
+@triton.jit(do_not_specialize=["table", "tensors", "scalars", "clip", "sums", "blocks"])
 def step(
     table, tensors, scalars, clip, sums, blocks,
     update: tl.constexpr, SLOTS: tl.constexpr, AVERAGES: tl.constexpr, NARROW: tl.constexpr,
