@@ -39,7 +39,9 @@ pytestmark = pytest.mark.skipif(triton_driver.why_not() is not None, reason=str(
 SHAPES = [(33, 31), (0, 3), (1029,), (5, 2, 2, 3)]
 CASES = [(rule, stage, F32) for rule in ONE_EACH for stage in STAGES]
 CASES += [(rule, STAGE["everything"], dtype) for rule in ONE_EACH for dtype in (F64, BF16, F16)]
-CASES += [(BY_NAME["adam"], STAGE[name], dtype) for name in ("everything-sparsity", "sparsity-n-m") for dtype in DTYPES[1:]]
+CASES += [
+    (BY_NAME["adam"], STAGE[name], dtype) for name in ("everything-sparsity", "sparsity-n-m") for dtype in DTYPES[1:]
+]
 
 
 def both(build, params):
@@ -57,7 +59,9 @@ def assert_moved(params, before) -> None:
 @pytest.mark.parametrize(("rule", "stage", "dtype"), CASES, ids=ident)
 def test_equals_the_cpu_bit_for_bit(rule, stage, dtype, native):
     """Three steps, saved and loaded after the first."""
-    (ours, params), (cpus, copies) = both(lambda x, name: stage.build(rule, x, dtype, backend=name), parameters(SHAPES, dtype))
+    (ours, params), (cpus, copies) = both(
+        lambda x, name: stage.build(rule, x, dtype, backend=name), parameters(SHAPES, dtype)
+    )
     run(ours, params, 1), run(cpus, copies, 1)
     assert_same_state(ours, cpus)
     saved = io.BytesIO()
@@ -83,7 +87,9 @@ def test_sizes_and_alignments(dtype, aligned, native):
         memory = torch.randn(n + 1, generator=generator).to(dtype)
         params.append(Parameter(memory[:-1] if aligned else memory[1:]))
     params[0] = Parameter(params[0].detach()[0])
-    (ours, params), (cpus, copies) = both(lambda x, name: BY_NAME["sgd"].ours(x, lr=0.5, max_grad_norm=5.0, backend=name), params)
+    (ours, params), (cpus, copies) = both(
+        lambda x, name: BY_NAME["sgd"].ours(x, lr=0.5, max_grad_norm=5.0, backend=name), params
+    )
     for k, (p, q) in enumerate(zip(params, copies, strict=True)):
         assert (p.data_ptr() % 16 == 0) == aligned
         p.grad = torch.full_like(p, k % 3 - 1.5)
@@ -225,7 +231,9 @@ def _compiled(script: str) -> str:
     import os
 
     paths = [os.path.dirname(fuseopt.__path__[0]), *sys.path]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": os.pathsep.join(paths)
+    }
     start = f"import fuseopt; fuseopt.__path__[:] = {list(fuseopt.__path__)!r}\n"
     done = subprocess.run([sys.executable, "-c", start + script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
