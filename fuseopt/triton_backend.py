@@ -20,7 +20,8 @@ from .triton_table import Launch, Memory, Row, Scalars, launches, rounded
 def launch(kernel, programs: int, p: Tensor, *arguments, **constants) -> None:
     """Run a kernel that streams tensors like p on torch's current stream of its device."""
     with nullcontext() if p.device.type == "cpu" else getattr(torch, p.device.type).device(p.device):
-        kernel[(programs,)](*arguments, **constants, **aot.options(str(p.dtype)))
+        options = aot.options(str(p.dtype), statistics=constants.get("STATISTICS", False))
+        kernel[(programs,)](*arguments, **constants, **options)
 
 
 def triton_type(p: Tensor) -> tl.dtype:
