@@ -102,6 +102,14 @@ def find_nvcc():
     return shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
+def cuda_headers(nvcc):
+    """The folder of cuda_runtime.h: nvcc, which may be a script elsewhere, says where it lives."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    top = [line.partition("TOP=")[2] for line in said.splitlines() if "TOP=" in line]
+    home = Path(top[0]) if top else Path(nvcc).resolve().parent.parent
+    return home.resolve() / "include"
+
+
 def architectures():
     """[(number, with PTX)] of FUSEOPT_CUDA_ARCHS. Raises SystemExit for what is not one."""
     words = (os.environ.get("FUSEOPT_CUDA_ARCHS") or ARCHS).replace(",", " ").split()
@@ -198,7 +206,7 @@ class NinjaBuild(build_ext):
             code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
             nvccflags += ["-gencode", f"arch=compute_{number},code={code}"]
         numbers = ",".join(f"{n},-{n}" if ptx else str(n) for n, ptx in archs)
-        cxxflags += [f"-DFUSEOPT_CUDA_ARCHS={numbers}", f"-I{Path(self.nvcc).resolve().parent.parent / 'include'}"]
+        cxxflags += [f"-DFUSEOPT_CUDA_ARCHS={numbers}", f"-I{cuda_headers(self.nvcc)}"]
         passed = ["-Xlinker", ",".join(strip + ldflags)] if strip + ldflags else []
         ldflags = ninja_flags(["-ccbin", cxx[0], *passed])
         return cxxflags, nvccflags, f"$nvcc -shared -cudart static $in -o $out {ldflags}"
