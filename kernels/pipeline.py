@@ -65,14 +65,15 @@ def step_element(update, p, g, slot, keep, frozen, pruned, s, r):
 def ema_element(ema, p, weight, pruned, frozen):
     """Stage 11: a moving average of the stored parameter p, in the average's dtype; exactly as sparse as the model.
 
-    With weight 0, and where frozen, it keeps its very bits. NaN is no value yet: the first update copies the
-    parameter, and nothing else writes there.
+    A negative weight means that this step does not update it. Then, with weight 0 and where frozen, it keeps its
+    very bits. NaN is no value yet: the first update copies the parameter, whatever the weight, and nothing else
+    writes there.
     """
     old = ema.to(p.dtype)
-    empty, due = old != old, weight != 0
+    empty, due, moves = old != old, weight >= 0, weight > 0
     moved = tl.where(empty, p, tl.fma(weight, p - old, old)).to(ema.dtype)
     if pruned is None:
-        return tl.where(due, moved, ema)
+        return tl.where(due & (empty | moves), moved, ema)
     else:
-        kept = tl.where(due & (empty | ~frozen), moved, ema)
+        kept = tl.where(due & (empty | (moves & ~frozen)), moved, ema)
         return tl.where(pruned & (due | ~empty), tl.zeros_like(ema), kept)
