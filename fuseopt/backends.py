@@ -69,11 +69,13 @@ def _device(opt) -> torch.device:
 
 def begin(opt) -> plan.Step | None:
     """The optimizer's next step; None if found_inf says that it is skipped. Raises for a grad_scale of 0."""
-    on_gpu, captured = choose(opt) == "cuda", False
+    name = choose(opt)
+    on_gpu, captured = name == "cuda", name != "cpu" and cuda.capturing()
+    if captured and not on_gpu:
+        raise RuntimeError(f"step() is being captured into a CUDA graph, which backend {name!r} cannot be; use 'cuda'")
     if on_gpu:
         cuda.check_device(opt)
         cuda.memory_of(opt)
-        captured = cuda.capturing()
         if captured:
             cuda.check_capture(opt)
         if not cuda.must_know(opt):

@@ -224,6 +224,17 @@ def test_a_capture_that_cannot_be_is_refused(monkeypatch):
     refused("schedule of pruning", capturable=True, prune=Prune(0.5, begin=5, end=9))
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_other_backends_cannot_be_captured(name, monkeypatch):
+    params = parameters([(3,)])
+    opt = fuseopt.AdamW(params, backend=name)
+    set_gradients(params, 1)
+    monkeypatch.setattr(cuda, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot be; use 'cuda'"):
+        opt.step()
+    assert not opt.state
+
+
 def test_new_gradients_or_parameters_need_no_new_memory_in_a_capture(monkeypatch):
     """One that had no gradient in the warm-up is refused, with nothing changed."""
     params = parameters(SHAPES)

@@ -14,8 +14,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     m = b1*m + (1-b1)*g;  v = b2*v + (1-b2)*g^2;  p = p - lr/(1-b1^t) * m / (sqrt(v)/sqrt(1-b2^t) + eps)
 
     With amsgrad the largest v so far takes its place in the denominator. Arguments are torch's, then the
-    stage options of FusedOptimizer by keyword. foreach, fused and capturable are accepted and change
-    nothing. Raises what torch raises for wrong values.
+    stage options of FusedOptimizer by keyword. foreach and fused are accepted and
+    change nothing; capturable lets a CUDA graph capture the step. Raises what torch raises for wrong values.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 class AdamW(Adam, torch.optim.AdamW):
     """torch.optim.AdamW in one pass: Adam with decoupled weight decay, p = p*(1 - lr*weight_decay) first.
 
-    Arguments are torch's, then the stage options of FusedOptimizer by keyword. foreach, fused and
-    capturable are accepted and change nothing. Raises what torch raises for wrong values.
+    Arguments are torch's, then the stage options of FusedOptimizer by keyword. foreach and fused are accepted and
+    change nothing; capturable lets a CUDA graph capture the step. Raises what torch raises for wrong values.
     """
 
     def __init__(

@@ -18,8 +18,8 @@ class Lion(FusedOptimizer):
         betas: (b1, b2), each in [0, 1).
         weight_decay: decoupled; usual values are 3 to 10 times larger than AdamW's.
 
-    The stage options of FusedOptimizer follow by keyword. foreach, fused and capturable are accepted and
-    change nothing. Raises ValueError for values outside these ranges, TypeError for what is no number.
+    The stage options of FusedOptimizer follow by keyword. foreach and fused are accepted and
+    change nothing; capturable lets a CUDA graph capture the step. Raises ValueError for values outside these ranges, TypeError for what is no number.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def tools() -> tuple[str, str, list[str]]:
 
 
 def build(sanitize: bool = False) -> Path:
-    """The module's path, once it is up to date."""
+    """The module's path, once it is up to date. Raises RuntimeError without a compiler, AssertionError if it fails."""
     cxx, ninja, includes = tools()
     folder = ROOT / "build" / ("emulated-sanitized" if sanitize else "emulated")
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,13 +72,14 @@ def build(sanitize: bool = False) -> Path:
         (folder / "build.ninja").write_text("".join(lines))
         done = subprocess.run([ninja, "-C", folder, "--quiet"], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"{cxx} cannot compile csrc/cuda with tests/emulation/cuda_runtime.h:\n{done.stdout}")
+        raise AssertionError(f"{cxx} cannot compile csrc/cuda with tests/emulation/cuda_runtime.h:\n{done.stdout}")
     return folder / name
 
 
 def load() -> ModuleType:
-    """The module, under the name of the real one; with the sanitizers where FUSEOPT_SANITIZE=1."""
-    spec = importlib.util.spec_from_file_location("fuseopt._CUDA", build(os.environ.get("FUSEOPT_SANITIZE") == "1"))
+    """The module, with the sanitizers where FUSEOPT_SANITIZE=1; under another name than the real one's, or that
+    would be given."""
+    spec = importlib.util.spec_from_file_location("emulation._CUDA", build(os.environ.get("FUSEOPT_SANITIZE") == "1"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
