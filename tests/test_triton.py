@@ -273,3 +273,32 @@ for target in (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
 def test_whole_blocks_move_16_bytes_at_a_time():
     """No spills, no stack, and of AdamW no more than 64 registers; all on the main path in vectors."""
     _compiled(MACHINE_CODE)
+
+
+EVERY_KERNEL = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from fuseopt.kernels import aot, reduce, select
+
+def build(kernel, constants, **pointers):
+    signature = {name: pointers.get(name, "*i64" if name == "table" else "i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=aot.options("bfloat16", 32))
+
+kind = {"DTYPE": tl.bfloat16}
+every = {"SLOTS": 2, "AVERAGES": 2, "NARROW": 2, **kind}
+build(reduce.grad_norm, {"MASKED": True, **kind}, scalars="*fp32", sums="*fp64")
+build(reduce.clip, {}, sums="*fp64", bounds="*fp64", wide="*fp64", narrow="*fp32")
+build(select.histogram, kind, counts="*i64")
+build(select.ties, kind, counts="*i64")
+build(select.prune_smallest, every, quotas="*i64")
+build(select.mark_n_m, kind, marks="*i32")
+build(select.prune_marked, every, marks="*i32")
+aot.build("nadam", "float64", GPUTarget("cuda", 80, 32), averages=2, narrow=1, masked=True, statistics=True)
+"""
+
+
+def test_every_kernel_compiles():
+    """What the interpreter runs the compiler may still refuse."""
+    _compiled(EVERY_KERNEL)
