@@ -116,7 +116,9 @@ def test_masks_of_every_period(shape, native):
         assert_same_state(ours, cpus)
 
 
-@pytest.mark.parametrize("kind", ("gaps", "gaps-shared", "twice", "views", "transposed", "two-dtypes", "no-gradient"))
+@pytest.mark.parametrize(
+    "kind", ("gaps", "gaps-shared", "twice", "views", "transposed", "two-dtypes", "no-gradient", "all-frozen")
+)
 def test_tensors_of_every_kind(kind, native):
     """Gaps in memory, memory that is shared, other orders of dimensions."""
 
@@ -130,10 +132,11 @@ def test_tensors_of_every_kind(kind, native):
             "transposed": lambda: [memory.t()],
             "two-dtypes": lambda: [memory, memory.double()],
             "no-gradient": lambda: [memory[:3], memory[3:]],
+            "all-frozen": lambda: [memory[0], memory[1:]],
         }[kind]()
         params = [Parameter(x) for x in params]
         opt = fuseopt.AdamW(params, max_grad_norm=0.5, ema=EMA(0.9), prune=Prune(0.5, begin=2), backend=backend)
-        opt.mask(params[0], element_mask(params[0]))
+        opt.mask(params[0], torch.tensor(False) if kind == "all-frozen" else element_mask(params[0]))
         for t in range(1, 4):
             set_gradients(params, t)
             if kind == "no-gradient":
