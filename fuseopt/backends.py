@@ -128,16 +128,14 @@ def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]])
 
 @torch.no_grad()
 def _give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
-    """The first update of an average copies the parameter. On the CPU the pass does not visit what is frozen."""
-    if step.amp[0] is not None:  # nobody knows whether it counted; cuda.settle looks
-        return
+    """The first update of an average copies the parameter: the passes do, but on the CPU do not visit what is frozen."""
+    if choose(opt) == "cuda":
+        return cuda.give_first_values(opt, step, prepared)
     for p, made in prepared.items():
         for key in made.filled:
             if key in ema.NAMES:
                 opt.state[p][key].copy_(p)
             opt._placeholders[key].discard(p)
-    if "_memory" in opt.__dict__:
-        opt._memory.noted -= prepared.keys()
 
 
 # ---- torch ---------------------------------------------------------------------------------------
@@ -179,7 +177,7 @@ def _steady_step(engine, opt, step: plan.Step, of_buffers: list[Iterable]) -> bo
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     arguments = engine.arguments(opt, table, step, engine.norm(opt, table, step))
     run = map(table.run, *((x,) for x in arguments))
-    at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, count)
+    at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, count, *engine.notes(opt, step))
     engine.finish(opt, table, step, None)
     return True
 
@@ -202,14 +200,15 @@ def _compiled_update(engine, opt, step: plan.Step) -> dict[Tensor, plan.Prepared
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
     gaps = {p: copy for p, copy in filled.items() if copy is not distributed.local(p)}
     norm = engine.norm(opt, table, step)
+    engine.before(opt, table, prepared)
     if gaps and share_memory([distributed.local(p) for _, p in plan.stepped(step)]):
         sums = engine.run_in_turn(opt, step, prepared, norm, table)
     else:
-        engine.before(opt, table, prepared)
         sums = table.run(*engine.arguments(opt, table, step, norm))
         table.mark_written(cpu.increment_version)
         for p, copy in gaps.items():
             distributed.local(p).copy_(copy)
+    at_once(*engine.notes(opt, step))
     engine.finish(opt, table, step, sums)
     return prepared
 
@@ -222,13 +221,17 @@ def _triton_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     triton_driver.check_device(opt)
     from . import triton_backend, triton_table
 
-    todo = {id(p) for _, p in triton_table.unseen(opt, step) + plan.without_prune_mask(opt, step)}
+    plain = torch._C.DisableTorchFunction  # `run` sets a default device, at a microsecond for each look at a tensor
+    with plain():
+        unseen = triton_table.unseen(opt, step)
+    todo = {id(p) for _, p in unseen + plan.without_prune_mask(opt, step)}
     filling = _fills_placeholders(opt, step)
     stepped = plan.stepped(step)
     wanting = [(gs, p) for gs, p in stepped if id(p) in todo or (filling and plan.fills_placeholder(opt, gs, p))]
     prepared = _prepare(opt, step, wanting)
     plan.add_prune_masks(opt, plan.without_prune_mask(opt, step))
-    triton_backend.run(opt, step, prepared)
+    with plain():
+        triton_backend.run(opt, step, prepared)
     return prepared
 
 

@@ -116,6 +116,11 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
     """What table.run takes for granted."""
 
 
+def notes(opt, step: plan.Step) -> list:
+    """What to remember of a step that was run, as iterators for interrupts.at_once."""
+    return []
+
+
 def finish(opt, table, step: plan.Step, rows: list | None) -> None:
     """What is left to do after table.run, which returned `rows`."""
     if opt.defaults["statistics"]:

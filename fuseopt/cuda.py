@@ -6,15 +6,17 @@ infinities. After such a step, and after one that a graph captured, Python does 
 masks to recompute, averages of buffers, has found_inf and grad_scale read on the host instead, as on the CPU.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import cpu, distributed, plan, torch_abi, torch_layout
-from .checks import name_of
+from .checks import check, in_layout_of, name_of
 from .stages import ema, statistics
 
 DEVICE = "cuda"
@@ -190,6 +192,7 @@ def check_device(opt) -> None:
     """Raise ValueError or RuntimeError, with nothing changed, if the parameters are where no kernel can step them."""
     p = next(p for group in opt.param_groups for p in group["params"])
     if p.device.type != DEVICE:
+        check(opt, (), (), (), p, None)
         raise ValueError(
             f"{name_of(opt, p)} is on {p.device} and backend='cuda' was asked for; move it, or leave backend out"
         )
@@ -277,12 +280,13 @@ def norm(opt, table, step: plan.Step) -> Tensor | None:
     return distributed.total(opt, table.params(), rows, 1)
 
 
-def arguments(opt, table, step: plan.Step, squares: Tensor | None) -> tuple:
-    """Those of table.run."""
+def arguments(opt, table, step: plan.Step, squares: Tensor | None, advance: bool = True) -> tuple:
+    """Those of table.run. advance: these are the first parameters of the step, which count it."""
     memory = opt._memory
     memory.make_room(opt, table)
-    memory.count_from(step.t - 1)
-    return (memory.addresses, *map(_address, (*step.amp, squares)), stream(memory.device))
+    if advance:
+        memory.count_from(step.t - 1)
+    return (memory.addresses, *map(_address, (*step.amp, squares)), advance, stream(memory.device))
 
 
 def _address(x: Tensor | None) -> int:
@@ -299,42 +303,78 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
         memory.noted |= new.keys()
 
 
-def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], norm, whole) -> None:
-    raise ValueError(
-        "parameters that share memory and have gaps in it are not stepped on a GPU; make them contiguous, or use "
-        "backend='torch'"
-    )
+def notes(opt, step: plan.Step) -> list[Iterable]:
+    """See cpu.notes. Whether a step counts is known if no found_inf could stop it, and no graph holds it."""
+    memory = opt._memory
+    known = not step.captured and step.amp[0] is None and memory.steps is not None
+    now = {"captured": memory.captured or step.captured, "steps": step.t if known else None}
+    now["least"] = step.t if known else memory.least
+    return [map(setattr, repeat(memory), now.keys(), now.values())]
 
 
-def finish(opt, table, step: plan.Step, rows: None) -> None:
+def finish(opt, table, step: plan.Step, rows: list[Tensor] | None) -> None:
     """What is left to do after table.run."""
-    _note_count(opt, step)
-    if opt.defaults["statistics"]:
-        opt._statistics = _reader(opt, table)
+    if rows:
+        opt._statistics = statistics.result(
+            cpu.total_of(opt, table.params(), rows, statistics.WIDTH, table.sharded)
+        )
+    elif opt.defaults["statistics"]:
+        read = _reader(opt, table)
+        together = table.sharded or opt.defaults["sharded"]  # then at once: one process alone may ask for the result
+        opt._statistics = read(opt) if together else read
     cpu.put_back(opt, table)
 
 
 put_back = cpu.put_back
 
 
-def _note_count(opt, step: plan.Step) -> None:
-    """Whether the step counts is known if no found_inf could stop it, and no graph holds it."""
-    memory = opt._memory
-    memory.captured = memory.captured or step.captured
-    if step.captured or step.amp[0] is not None:
-        memory.steps = None
-    elif memory.steps is not None:
-        memory.steps = memory.least = step.t
+def give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
+    """What the step gave its first value is no placeholder any more. With a found_inf nobody knows: `settle` looks."""
+    if step.amp[0] is not None:
+        return
+    for p, made in prepared.items():
+        for key in made.filled:
+            opt._placeholders[key].discard(p)
+    opt._memory.noted -= prepared.keys()
 
 
-def _reader(opt, table) -> Callable[[], Mapping[str, float]]:
-    """What opt.statistics() reads, once somebody asks: the sums of the last step."""
+def _reader(opt, table) -> Callable[[Any], Mapping[str, float]]:
+    """What opt.statistics() calls, with the optimizer, once somebody asks: the sums of the last step."""
     memory, blocks, params, shared = opt._memory, table.blocks(), table.params(), table.sharded
 
-    def read() -> Mapping[str, float]:
-        sums = memory.sums[: native.SUMS * sum(blocks)].reshape(-1, native.SUMS).cpu().numpy()
-        parts = np.split(sums, np.cumsum(blocks)[:-1]) if blocks else []
-        rows = [tuple(np.cumsum(part, axis=0)[-1]) if len(part) else (0.0,) * native.SUMS for part in parts]  # in order
+    def read(opt) -> Mapping[str, float]:
+        rows = _rows(memory.sums.reshape(-1, native.SUMS), blocks)
         return statistics.result(cpu.total_of(opt, params, rows, statistics.WIDTH, shared))
 
     return read
+
+
+def _rows(sums: Tensor, blocks: list[int]) -> list[tuple[float, ...]]:
+    """The sums of each tensor, those of its blocks added up in order. Waits for the GPU."""
+    parts = np.split(sums[: sum(blocks)].cpu().numpy(), np.cumsum(blocks)[:-1]) if blocks else []
+    return [tuple(part.cumsum(0)[-1]) if len(part) else (0.0,) * sums.shape[1] for part in parts]
+
+
+def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], squares: Tensor | None, whole) -> list:
+    """See cpu.run_in_turn; where a group clips, or for statistics, it waits for the GPU."""
+    memory, place = opt._memory, {p: k for k, p in enumerate(_params(opt))}
+    if squares is None and any(group["max_grad_norm"] for group in opt.param_groups):
+        whole.squares(memory.addresses, _address(step.amp[1]), stream(memory.device))
+        total = sum(row[0] for row in _rows(memory.squares.reshape(-1, 1), whole.blocks()))
+        squares = torch.tensor(total, dtype=torch.float64, device=memory.device)
+    rows, table = [], native.TensorTable()
+    for k, (gs, p) in enumerate(plan.stepped(step)):
+        here = distributed.local(p)
+        made, copy = prepared.get(p), in_layout_of(here, here)
+        replaced = {} if made is None else {p: (made.grad, made.fresh, copy)}
+        one = spec(gs, [p], gs.slots, gs.counters, gs.averages())
+        if table.gather([one], opt.state, replaced, step.inv_grad_scale, number(memory.device), place[p]):
+            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
+        table.run(*arguments(opt, table, step, squares, k == 0))
+        table.mark_written(cpu.increment_version)
+        if copy is not here:
+            here.copy_(copy)
+        if opt.defaults["statistics"]:
+            rows += _rows(memory.sums.reshape(-1, native.SUMS), table.blocks())
+    table.release()
+    return rows

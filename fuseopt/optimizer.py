@@ -224,7 +224,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         if self._statistics is None:
             why = "no step has been taken yet" if self.defaults["statistics"] else "pass statistics=True"
             raise RuntimeError(f"no statistics were gathered: {why}")
-        return self._statistics() if callable(self._statistics) else self._statistics  # a GPU's are read when asked for
+        return self._statistics(self) if callable(self._statistics) else self._statistics  # a GPU's are read now
 
     def explain(self) -> "explain.Explanation":
         """What a step does here: backend, tensors and the bytes each stage moves. Prints as a table."""

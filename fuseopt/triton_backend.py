@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,12 +81,6 @@ class Pass:
             launch(reduce.grad_norm, one.blocks, one.p, one.table, len(one.rows), scalars, sums, **constants)
         return sums
 
-    def _rows(self, sums: np.ndarray, column: int) -> list[tuple[float, ...]]:
-        """The sums of each parameter, those of its blocks added up in order."""
-        firsts = [row.values[column] for row in self.rows]
-        parts = [sums[k : k + row.blocks] if k >= 0 else sums[:0] for k, row in zip(firsts, self.rows, strict=True)]
-        return [tuple(part.cumsum(0)[-1]) if len(part) else (0.0,) * sums.shape[1] for part in parts]
-
     def clip_factors(self) -> dict[torch.dtype, Tensor]:
         """Each group's factor, in both types of arithmetic; found on the device, unless processes find it together."""
         bounds = [gs.group["max_grad_norm"] or 0.0 for gs in self.step.groups]
@@ -98,7 +93,7 @@ class Pass:
             return {torch.float32: narrow, torch.float64: wide}
         norm = 0.0
         if any(bounds):
-            rows = self._rows(self._squares().cpu().numpy()[:, None], t.IN_NORM)
+            rows = sums_of(self.rows, self._squares().cpu().numpy()[:, None], t.IN_NORM)
             norm = math.sqrt(cpu.total_of(self.opt, self.params, rows, 1, self.shared)[0])
         factors = [clip.factor(bound, norm) for bound in bounds]
         return {kind: self.memory.upload(f"factors {kind}", rounded(factors, kind)) for kind in kinds}
@@ -107,7 +102,8 @@ class Pass:
 
     def run(self) -> None:
         factors = self.clip_factors()
-        sums = self.memory.room("sums", statistics.WIDTH * self.in_sums)
+        asked = self.opt.defaults["statistics"]
+        sums = self.memory.room("sums", statistics.WIDTH * self.in_sums if asked else 1)
         for one in self.launches:
             gaps = [row for row in one.rows if row.copy is not row.p]
             for row in gaps:
@@ -118,8 +114,9 @@ class Pass:
         cpu.increment_version(self.params)
         for counter, value in self.counters:
             counter.fill_(value)
-        if self.opt.defaults["statistics"]:
-            self.opt._statistics = self._statistics(sums)
+        if asked:  # processes add theirs up at once, as one of them alone may ask for the result
+            read = self._statistics(sums)
+            self.opt._statistics = read(self.opt) if self.shared else read
         self.opt._triton = self.memory
 
     def _launch(self, one: Launch, factors: dict, sums: Tensor) -> None:
@@ -130,14 +127,22 @@ class Pass:
         tensors = one.table, len(one.rows), self.scalars[kind], factors[kind], sums, self.in_sums
         launch(step.step, one.blocks, one.p, *tensors, **constants)
 
-    def _statistics(self, sums: Tensor) -> Callable[[], Mapping[str, float]]:
-        """What opt.statistics() reads once somebody asks."""
+    def _statistics(self, sums: Tensor) -> Callable[[Any], Mapping[str, float]]:
+        """What opt.statistics() calls, with the optimizer, once somebody asks. It holds no optimizer itself."""
+        own, params, shared = self.rows, self.params, self.shared
 
-        def read() -> Mapping[str, float]:
-            rows = self._rows(sums.cpu().numpy().reshape(statistics.WIDTH, -1).T, t.IN_SUMS)
-            return statistics.result(cpu.total_of(self.opt, self.params, rows, statistics.WIDTH, self.shared))
+        def read(opt) -> Mapping[str, float]:
+            rows = sums_of(own, sums.cpu().numpy().reshape(statistics.WIDTH, -1).T, t.IN_SUMS)
+            return statistics.result(cpu.total_of(opt, params, rows, statistics.WIDTH, shared))
 
         return read
+
+
+def sums_of(rows: list[Row], sums: np.ndarray, column: int) -> list[tuple[float, ...]]:
+    """The sums of each parameter, those of its blocks added up in order."""
+    firsts = [row.values[column] for row in rows]
+    parts = [sums[k : k + row.blocks] if k >= 0 else sums[:0] for k, row in zip(firsts, rows, strict=True)]
+    return [tuple(part.cumsum(0)[-1]) if len(part) else (0.0,) * sums.shape[1] for part in parts]
 
 
 def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
@@ -145,4 +150,4 @@ def run(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
     if plan.stepped(step):
         Pass(opt, step, prepared).run()
     elif opt.defaults["statistics"]:
-        opt._statistics = lambda: statistics.result([0.0] * statistics.WIDTH)
+        opt._statistics = statistics.result([0.0] * statistics.WIDTH)

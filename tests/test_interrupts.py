@@ -19,7 +19,7 @@ def digest(opt, params) -> list:
     """Everything that a step changes, as comparable data."""
     tensors = [p.detach().clone() for p in params]
     state = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in opt.state.get(p, {}).items()} for p in params]
-    counts = [[group["steps"] for group in opt.param_groups], copy.deepcopy(opt._statistics)]
+    counts = [[group["steps"] for group in opt.param_groups], dict(opt.statistics()) if opt._statistics else None]
     return [tensors, state, counts, [p._version for p in params]]
 
 

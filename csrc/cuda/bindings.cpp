@@ -27,10 +27,10 @@ cuda::Memory memory(const Addresses& a) {
 }
 
 void run(TensorTable& table, const Addresses& addresses, intptr_t found_inf, intptr_t grad_scale, intptr_t squares,
-         intptr_t stream) {
+         bool advance, intptr_t stream) {
   check_ready(table);
   py::gil_scoped_release release;
-  cuda::step(table, memory(addresses), {at<float>(found_inf), at<float>(grad_scale)}, at<double>(squares), true,
+  cuda::step(table, memory(addresses), {at<float>(found_inf), at<float>(grad_scale)}, at<double>(squares), advance,
              stream_of(stream));
 }
 

@@ -13,7 +13,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
     denom = sqrt(v/(1-b2^t)) + eps;
     p = p - lr*(1-mu_t)/(1-M_t) * g/denom - lr*mu_{t+1}/(1-M_t*mu_{t+1}) * m/denom
 
-    Arguments are torch's, then the stage options of FusedOptimizer by keyword. foreach and capturable
+    Arguments are torch's, then the stage options of FusedOptimizer by keyword. foreach is accepted and changes nothing;
     are accepted and change nothing. Raises what torch raises for wrong values.
     """
 
