@@ -297,10 +297,10 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
     """Tell the kernels which moments are new; for rules that do not count steps."""
     memory = opt._memory
     memory.make_room(opt, table)
-    new = {p: k for k, p in enumerate(_params(opt)) if p in prepared and prepared[p].fresh}
-    if new:
-        memory.fresh[list(new.values())] = 1.0
-        memory.noted |= new.keys()
+    new = [(k, p) for k, p in enumerate(_params(opt)) if p in prepared and prepared[p].fresh]
+    if new:  # one that is listed twice starts twice, as in torch
+        memory.fresh[[k for k, _ in new]] = 1.0
+        memory.noted.update(p for _, p in new)
 
 
 def notes(opt, step: plan.Step) -> list[Iterable]:
