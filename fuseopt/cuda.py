@@ -75,7 +75,7 @@ def _without_code(capability: tuple[int, int]) -> str | None:
 
 def capturing() -> bool:
     """Whether the current stream is being captured into a graph."""
-    return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def number(device: torch.device) -> int:

@@ -29,7 +29,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         ema: fuseopt.EMA, or a list of several: averages of the weights. None (default): none.
         prune: fuseopt.Prune. None (default): none.
         statistics: gather the sums that `statistics()` returns. False by default.
-        backend: "cpu" (compiled), "torch" (plain torch operations), or None to choose by device.
+        backend: "cpu" or "cuda" (compiled), "triton", "torch" (plain torch operations), or None to choose by device.
         sharded: True where the parameters are this process's part of the model's, each on one process
             alone, as ZeroRedundancyOptimizer makes them: norm, statistics and pruning are then those of
             all processes together. Equal magnitudes are pruned by rank before order, and swap_ema and
