@@ -103,6 +103,7 @@ class Memory:
         self.control = self._zeros(native.CONTROL)
         self.scalars = self.squares = self.sums = self.fresh = self._zeros(0)
         self.steps, self.least = 0, 0
+        self.total: Tensor | None = None  # the squares of all processes, of the last step
         self.outgrown: list[Tensor] = []  # that a graph may still use
         self.captured = False
         self.noted: set[Tensor] = set()  # parameters whose `fresh` was set; whether it still is, is not known
@@ -277,7 +278,8 @@ def norm(opt, table, step: plan.Step) -> Tensor | None:
     table.squares(memory.addresses, _address(step.amp[1]), stream(memory.device))
     lengths = torch.tensor(table.blocks(), device=memory.device)
     rows = torch.segment_reduce(memory.squares[: table.block_count], "sum", lengths=lengths).unsqueeze(1)
-    return distributed.total(opt, table.params(), rows, 1)
+    memory.total = distributed.total(opt, table.params(), rows, 1)  # held until the kernel has read it
+    return memory.total
 
 
 def arguments(opt, table, step: plan.Step, squares: Tensor | None, advance: bool = True) -> tuple:

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import emulated
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -125,7 +126,10 @@ def placements_over(world: int) -> list[str]:
     return [name for name, (sizes, _) in PLACEMENTS.items() if torch.Size(sizes).numel() == world]
 
 
-def cases(place, backends: tuple = ("cpu", "torch")) -> dict:
+BACKENDS = ("cpu", "torch") if emulated.why_not else ("cpu", "cuda", "torch")
+
+
+def cases(place, backends: tuple = BACKENDS) -> dict:
     """The result of place(class, options, dtype, masked) for every case, type and backend."""
     return {
         (name, dtype, backend): place(cls, options | {"backend": backend}, dtype, name not in ("plain", "ties"))
@@ -136,7 +140,7 @@ def cases(place, backends: tuple = ("cpu", "torch")) -> dict:
 
 
 def many_processes_all_cases(world: int) -> dict:
-    backends = ("cpu", "torch") if world == 2 else ("cpu",)
+    backends = BACKENDS if world == 2 else ("cpu",)
     return {name: cases(partial(many_processes, name), backends) for name in placements_over(world)}
 
 
