@@ -8,12 +8,12 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from . import buffers, cpu, cuda, distributed, masking, patterns, plan, reference, select
+from . import buffers, cpu, cuda, distributed, masking, patterns, plan, reference, select, triton_driver
 from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
 from .stages import ema
 
-NAMES = (None, "cpu", "cuda", "torch")
+NAMES = (None, "cpu", "cuda", "triton", "torch")
 _warned = False
 
 
@@ -23,7 +23,8 @@ def check_name(name: str | None) -> None:
     global _warned
     if name not in NAMES:
         raise ValueError(f"Invalid backend: {name!r}; use one of {', '.join(map(repr, NAMES))}")
-    reason = {"cpu": lambda: cpu.why_not, "cuda": cuda.unavailable}.get(name, lambda: None)()
+    reasons = {"cpu": lambda: cpu.why_not, "cuda": cuda.unavailable, "triton": triton_driver.why_not}
+    reason = reasons.get(name, lambda: None)()
     if reason:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if name is None and cpu.native is None and not _warned:
@@ -39,7 +40,9 @@ def choose(opt) -> str:
     device = _device(opt)
     if device.type == "cpu":
         return "torch" if cpu.native is None else "cpu"
-    return "cuda" if device.type == "cuda" and cuda.unfit(device) is None else "torch"
+    if device.type == "cuda" and cuda.unfit(device) is None:
+        return "cuda"
+    return "torch" if triton_driver.why_not(device.type) else "triton"
 
 
 def why(opt) -> str:
@@ -47,10 +50,10 @@ def why(opt) -> str:
     if opt.defaults.get("backend") is not None:
         return "as asked"
     device = _device(opt)
-    if device.type == "cuda":
-        return cuda.unfit(device) or f"parameters are on {device}"
     if device.type != "cpu":
-        return f"there is no kernel for {device.type}"
+        unfit = cuda.unfit(device) if device.type == "cuda" else f"there is no compiled kernel for {device.type}"
+        reasons = unfit, unfit and triton_driver.why_not(device.type)
+        return "; ".join(filter(None, reasons)) or f"parameters are on {device}"
     if cpu.native is None:
         return cpu.why_not or ""
     return f"parameters are on the CPU; {cpu.native.instruction_set()}, {cpu.native.max_threads()} threads"
@@ -218,9 +221,34 @@ def _compiled_update(engine, opt, step: plan.Step) -> dict[Tensor, plan.Prepared
     return prepared
 
 
+# ---- triton: triton_backend.py, imported when it is used, as triton takes a second ----------------------
+
+
+@torch.no_grad()
+def _triton_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
+    triton_driver.check_device(opt)
+    from . import triton_backend, triton_table
+
+    todo = {id(p) for _, p in triton_table.unseen(opt, step) + plan.without_prune_mask(opt, step)}
+    filling = _fills_placeholders(opt, step)
+    stepped = plan.stepped(step)
+    wanting = [(gs, p) for gs, p in stepped if id(p) in todo or (filling and plan.fills_placeholder(opt, gs, p))]
+    prepared = _prepare(opt, step, wanting)
+    plan.add_prune_masks(opt, plan.without_prune_mask(opt, step))
+    triton_backend.run(opt, step, prepared)
+    return prepared
+
+
+def _triton_ranker(opt, members: select.Members) -> select.Ranker:
+    from . import triton_ranker
+
+    return triton_ranker.ranker(opt, members)
+
+
 ENGINES = {"cpu": cpu, "cuda": cuda}
 TABLE: dict[str, tuple[Callable, Callable]] = {
     "cpu": (partial(_compiled_update, cpu), cpu.ranker),
     "cuda": (partial(_compiled_update, cuda), cuda.ranker),
+    "triton": (_triton_update, _triton_ranker),
     "torch": (_torch_update, patterns.TorchRanker),
 }

@@ -1,0 +1,128 @@
+"""The update of many tensors in one launch: stages 1 to 12 on each block."""
+
+import triton
+import triton.language as tl
+
+from .pipeline import PRUNE_BELOW, effective_grad, ema_element, step_element
+from .reduce import add_lanes, square
+from .table import (
+    EMA,
+    FREEZE,
+    G,
+    GROUP,
+    IN_SUMS,
+    P,
+    PRUNED,
+    RULE,
+    SCALARS,
+    SLOT,
+    TILE,
+    WEIGHTS,
+    WIDTH,
+    alive,
+    bits,
+    column,
+    find,
+    kept,
+    load,
+    set_bits,
+    store,
+    stream,
+    tiles,
+)
+
+
+@triton.jit
+def masks(table, tensors, k, at):
+    """(kept, frozen, pruned, words of what is pruned, whether there are any) of a tile."""
+    there = column(table, tensors, k, PRUNED) != 0
+    words = stream(table, tensors, k, PRUNED, tl.int32)
+    keep = kept(table, tensors, k, at)
+    frozen = ~keep & (column(table, tensors, k, FREEZE) != 0)
+    return keep, frozen, bits(words, at, alive(table, tensors, k, at) & there), words, there
+
+
+@triton.jit
+def gather_statistics(lanes, g, before, after, keep, pruned, live, s):
+    """Stage 12: lane sums of squares (gradient, weight, change) and counts (zeros, not finite)."""
+    T = s[0].dtype
+    if keep is not None:
+        keep = keep & ~pruned
+    x = effective_grad(g.to(T), keep, (s[0], s[1], tl.full((), 1.0, T)))  # before clipping
+    w, x = after.to(T).to(tl.float64), x.to(tl.float64)
+    zero, nonfinite = w == 0, ~(x - x == 0)
+    if live is not None:
+        zero, nonfinite = zero & live, nonfinite & live
+    sums = lanes[0] + square(x), lanes[1] + square(w), lanes[2] + square(w - before.to(T).to(tl.float64))
+    return sums[0], sums[1], sums[2], lanes[3] + zero.to(tl.int32), lanes[4] + nonfinite.to(tl.int32)
+
+
+@triton.jit
+def step_tile(
+    lanes, update, table, tensors, k, at, live, s, r, weights,
+    SLOTS: tl.constexpr, AVERAGES: tl.constexpr, NARROW: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    T = s[0].dtype
+    p = stream(table, tensors, k, P, DTYPE)
+    moments = [stream(table, tensors, k, SLOT + c, DTYPE) for c in (0, 1, 2)[:SLOTS]]
+    before, g = load(p, at, live), load(stream(table, tensors, k, G, DTYPE), at, live)
+    slot = [load(x, at, live) for x in moments]
+    keep, frozen, pruned = None, None, None
+    if MASKED:
+        keep, frozen, pruned, words, there = masks(table, tensors, k, at)
+    after, slot, gone = step_element(update, before, g, slot, keep, frozen, pruned, s, r)
+    store(p, at, live, after)
+    for c in tl.static_range(SLOTS):
+        store(moments[c], at, live, slot[c])
+    if MASKED:
+        if there & (s[PRUNE_BELOW] > 0):  # a threshold marks what it pruned
+            set_bits(words, at, alive(table, tensors, k, at), gone)
+    for c in tl.static_range(AVERAGES):
+        ema = stream(table, tensors, k, EMA + c, DTYPE if NARROW >> c & 1 else T)
+        if column(table, tensors, k, EMA + c) != 0:
+            store(ema, at, live, ema_element(load(ema, at, live), after.to(T), weights[c], gone, frozen))
+    if len(lanes) > 0:
+        return gather_statistics(lanes, g, before, after, keep, pruned, live, s)
+    else:
+        return lanes
+
+
+@triton.jit(do_not_specialize=["tensors", "blocks"])
+def step(
+    table, tensors, scalars, clip, sums, blocks,
+    update: tl.constexpr, SLOTS: tl.constexpr, AVERAGES: tl.constexpr, NARROW: tl.constexpr,
+    MASKED: tl.constexpr, STATISTICS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Steps the tensors of a table, a block a program.
+
+    table, tensors: see table.py. scalars, clip: rows of scalars and the groups' clip factors, in the type of the
+    arithmetic. update: of the rule. SLOTS, AVERAGES: how many the rule and the group have. NARROW: a bit for each
+    average that is kept in the parameter's dtype, DTYPE. MASKED: whether some tensor has a mask or pruned entries.
+    STATISTICS: whether to write each block's sums to `sums`, five columns of `blocks` doubles.
+    """
+    k, number = find(table, tensors, tl.program_id(0))
+    begin, whole, count = tiles(table, tensors, k, number)
+    row = scalars + column(table, tensors, k, SCALARS) * WIDTH
+    s = [tl.load(row + c) for c in (0, 1, 2, 3, 4, 5, 6, 7, 8)]
+    below = tl.where(column(table, tensors, k, PRUNED) != 0, s[7], 0.0)  # the threshold is for prunable tensors alone
+    s = (s[0], s[1], tl.load(clip + column(table, tensors, k, GROUP)), s[3], s[4], s[5], s[6], below, s[8])
+    r = [tl.load(row + RULE + c) for c in (0, 1, 2, 3, 4, 5, 6, 7)]
+    weights = [tl.load(row + WEIGHTS + c) for c in (0, 1, 2, 3, 4, 5, 6, 7)[:AVERAGES]]
+    lanes = ()
+    if STATISTICS:
+        zeros, none = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.int32)
+        lanes = (zeros, zeros, zeros, none, none)
+    for t in range(0, whole):
+        lanes = step_tile(
+            lanes, update, table, tensors, k, begin + t * TILE, None, s, r, weights, SLOTS, AVERAGES, NARROW, MASKED, DTYPE
+        )
+    for t in range(whole, count):
+        at = begin + t * TILE
+        live = alive(table, tensors, k, at)
+        lanes = step_tile(
+            lanes, update, table, tensors, k, at, live, s, r, weights, SLOTS, AVERAGES, NARROW, MASKED, DTYPE
+        )
+    if STATISTICS:
+        place = sums + column(table, tensors, k, IN_SUMS) + number
+        for c in tl.static_range(5):
+            tl.store(place + c * blocks, add_lanes(lanes[c]).to(tl.float64))
