@@ -13,7 +13,7 @@ namespace {
 enum Spec { kParams, kRule, kSlots, kCounters, kEmas, kHyper, kStage, kMaxNorm, kDevice };
 
 // And in the tuple of each of its averages.
-enum Average { kKey, kWeight, kNarrow, kPassed };
+enum OfAverage { kKey, kWeight, kNarrow, kPassed };
 
 PyObject* item(PyObject* tuple, int k) { return PyTuple_GET_ITEM(tuple, k); }
 int size(PyObject* tuple) { return int(PyTuple_GET_SIZE(tuple)); }
@@ -292,11 +292,11 @@ void TensorTable::cut(bool all_frozen_too) {
   items.push_back(0);
   int64_t filled = 0;
   for (int k = 0; k < int(tensors.size()); ++k) {
-    const int64_t n = tensors[k].all_frozen && !all_frozen_too ? 0 : tensors[k].n;
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const bool work = all_frozen_too || !tensors[k].all_frozen;
+    for (int64_t begin = 0, n = tensors[k].n; begin < n; begin += kBlock) {
       const int64_t length = std::min(kBlock, n - begin);
       blocks.push_back({k, int32_t(length), begin});
-      filled += length;
+      filled += work ? length : 0;
       if (filled >= item_elements) items.push_back(int(blocks.size())), filled = 0;
     }
   }

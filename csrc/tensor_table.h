@@ -58,7 +58,7 @@ class TensorTable {
   int device = kHost;  // where they lie
   std::vector<Group> groups;
   std::vector<Tensor> tensors;
-  std::vector<Block> blocks;  // of what is not all_frozen, unless cut() was asked for all
+  std::vector<Block> blocks;  // of what is all_frozen too: sums depend on their number, and a GPU does not know
   std::vector<int> items;  // blocks [items[i], items[i+1]) make one piece of work for a thread
   std::vector<Problem> problems;
   std::vector<_object*> params;  // the parameters in `tensors`
@@ -79,7 +79,7 @@ class TensorTable {
   // `on`: the device on which all must lie. `first`: the position of the first parameter.
   void gather(_object* groups, _object* state, _object* grads, double inv_grad_scale, int on = kHost, int first = 0);
 
-  // Fills blocks and items.
+  // Fills blocks and items; these as though what is all_frozen were no work, unless asked otherwise.
   void cut(bool all_frozen_too = false);
 
  private:

@@ -8,7 +8,9 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from . import buffers, cpu, cuda, distributed, masking, patterns, plan, reference, select, triton_driver
+from . import (
+    buffers, cpu, cuda, cuda_ranker, distributed, masking, patterns, plan, reference, select, triton_driver
+)
 from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
 from .stages import ema
@@ -248,7 +250,7 @@ def _triton_ranker(opt, members: select.Members) -> select.Ranker:
 ENGINES = {"cpu": cpu, "cuda": cuda}
 TABLE: dict[str, tuple[Callable, Callable]] = {
     "cpu": (partial(_compiled_update, cpu), cpu.ranker),
-    "cuda": (partial(_compiled_update, cuda), cuda.ranker),
+    "cuda": (partial(_compiled_update, cuda), cuda_ranker.ranker),
     "triton": (_triton_update, _triton_ranker),
     "torch": (_torch_update, patterns.TorchRanker),
 }

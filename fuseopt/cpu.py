@@ -130,7 +130,10 @@ class Ranker:
     prunes that member.
     """
 
-    def __init__(self, opt, members: select.Members):
+    widths = [16, 15]
+
+    def __init__(self, opt, members: select.Members, module: ModuleType | None = None, device: int = -1):
+        """module: the compiled one, for the CPU unless given; device: the number of a GPU."""
         specs, grads = [], {}
         for gs, p in members:  # a parameter may have no gradient, or no state yet
             mask.into_memory_order(opt.state[p], p)
@@ -138,8 +141,8 @@ class Ranker:
             emas = tuple((key, 0.0, key in gs.narrow, True) for key in gs.emas if has(key))
             specs.append(spec(gs, [p], tuple(filter(has, gs.slots)), (), emas))
             grads[p] = (p, False, None)
-        self.opt, self.members, self.table = opt, members, native.TensorTable()
-        if self.table.gather(specs, opt.state, grads, 1.0):
+        self.opt, self.members, self.table = opt, members, (module or native).TensorTable()
+        if self.table.gather(specs, opt.state, grads, 1.0, device):
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
@@ -161,7 +164,10 @@ class Ranker:
             for k in ((quotas > 0) & (quotas < ties)).nonzero().flatten().tolist():  # one at most, as a rule
                 select.TorchRanker(self.opt, self.members[k : k + 1]).prune(kth, quotas[k : k + 1])
                 quotas[k] = 0
-        self.table.prune(kth, quotas.contiguous().data_ptr(), shared)
+        self.prune_in_memory_order(kth, quotas.contiguous(), shared)
+
+    def prune_in_memory_order(self, kth: int, quotas: Tensor, shared: bool) -> None:
+        self.table.prune(kth, quotas.data_ptr(), shared)
 
     def prune_n_m(self, n: int, m: int) -> None:
         here = distributed.local(self.members[0][1])

@@ -76,6 +76,11 @@ def capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def number(device: torch.device) -> int:
+    """The number of a GPU; -1 for the CPU, which stands in for one in tests."""
+    return device.index if device.type == "cuda" else -1
+
+
 def stream(device: torch.device) -> int:
     """The address of torch's current stream."""
     return torch._C._cuda_getCurrentRawStream(device.index)
@@ -257,8 +262,7 @@ def gather(opt, step: plan.Step, replaced: dict) -> tuple:
     if not isinstance(table, native.TensorTable):
         table = native.TensorTable()
     specs = [spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages()) for gs in step.groups]
-    device = memory.device.index if memory.device.type == "cuda" else -1
-    return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale, device)
+    return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale, number(memory.device))
 
 
 def norm(opt, table, step: plan.Step) -> Tensor | None:
@@ -335,9 +339,3 @@ def _reader(opt, table) -> Callable[[], Mapping[str, float]]:
         return statistics.result(cpu.total_of(opt, params, rows, statistics.WIDTH, shared))
 
     return read
-
-
-def ranker(opt, members):
-    from . import patterns
-
-    return patterns.TorchRanker(opt, members)

@@ -173,7 +173,6 @@ def _prune_rows(opt, selection: select.Selection) -> None:
     select.prune_smallest(
         selection,
         round(selection.sparsity * rows) - gone,
-        [16, 16, 16, 15],
         lambda members: _RowRanker(opt, members),
         lambda p, kth: _rows(opt, step_of[p], p)[1] & (_keys(p) == kth),
     )
@@ -181,6 +180,8 @@ def _prune_rows(opt, selection: select.Selection) -> None:
 
 class _RowRanker(select.TorchRanker):
     """select.Ranker of rows in place of entries."""
+
+    widths = [16, 16, 16, 15]
 
     def __init__(self, opt, members: select.Members):
         self.opt, self.members = opt, members

@@ -32,7 +32,12 @@ class Selection:
 
 
 class Ranker(Protocol):
-    """What a backend does for some members. A candidate is an entry neither frozen nor pruned."""
+    """What a backend does for some members. A candidate is an entry neither frozen nor pruned.
+
+    widths: of the digits that `histogram` counts, the highest first; all rankers of a selection have the same.
+    """
+
+    widths: list[int]
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
         """Candidates by digit: of the magnitudes m with m >> (shift + width) == prefix, m >> shift, `width` bits."""
@@ -145,17 +150,16 @@ def prune(opt, selection: Selection, make_ranker: Callable[[Members], Ranker]) -
     """Zero the smallest of the new weights, their moments and averages, until the sparsity is reached."""
     n, pruned, _ = _counts(opt, selection)
     count = round(selection.sparsity * n) - pruned
-    prune_smallest(selection, count, [16, 15], make_ranker, lambda p, kth: candidates(opt, p) & (magnitudes(p) == kth))
+    prune_smallest(selection, count, make_ranker, lambda p, kth: candidates(opt, p) & (magnitudes(p) == kth))
 
 
 def prune_smallest(
     selection: Selection,
     count: int,
-    widths: list[int],
     make_ranker: Callable[[Members], Ranker],
     tied: Callable[[Tensor, int], Tensor],
 ) -> None:
-    """Prune the `count` smallest candidates of the members, which have keys of sum(widths) bits.
+    """Prune the `count` smallest candidates of the members, which have keys of sum(ranker.widths) bits.
 
     tied(p, kth): where the candidates of parameter p on this process are that have the key kth.
     """
@@ -163,6 +167,7 @@ def prune_smallest(
         return
     parts = selection.parts
     rankers = {tuple(m): make_ranker([selection.members[k] for k in m]) for m in parts.members.values()}
+    widths = next(iter(rankers.values())).widths
     kth, rank, equal = kth_smallest(
         count, widths, lambda *digit: parts.total(lambda members: rankers[tuple(members)].histogram(*digit))
     )
@@ -214,6 +219,8 @@ def _first_here(p: Tensor, tied: Tensor, count: int) -> Tensor:
 
 class TorchRanker:
     """Ranks with torch operations."""
+
+    widths = [16, 15]
 
     def __init__(self, opt, members: Members):
         self.opt, self.members = opt, members

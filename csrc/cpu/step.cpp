@@ -68,6 +68,7 @@ const std::vector<double>& block_squares(const TensorTable& table) {
   double* of_block = sums.data();
   for_each_block(table, [&](int b) {
     const BlockView view(table, table.blocks[b]);
+    if (view.t.all_frozen) return;
     alignas(64) double lanes[kLanes] = {};
     for (int64_t begin = 0; begin < view.n; begin += kTile) {
       const Tile tile(view, begin);
@@ -151,7 +152,7 @@ void step_item(const TensorTable& table, int item) {
     BlockView view(table, table.blocks[b]);
     if (b + 4 < table.items[item + 1]) prefetch(table, b + 4);
     for (++b; b < table.items[item + 1] && table.blocks[b].begin > 0; ++b) view.n += table.blocks[b].n;
-    if (!step_at_once(view)) step_block(view, nullptr);
+    if (!view.t.all_frozen && !step_at_once(view)) step_block(view, nullptr);
   }
 }
 

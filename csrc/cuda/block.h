@@ -2,6 +2,8 @@
 // all of them, and so each thread owns the lanes of its vector.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "../streams.h"
 #include "rows.h"
 
@@ -10,6 +12,7 @@ namespace cuda {
 
 template <class S> constexpr int kVector = 16 / sizeof(typename S::raw);
 template <class S> constexpr int kThreads = int(kLanes) / kVector<S>;
+inline int threads_of(int storage) { return int(kLanes * element_size(storage)) / 16; }
 
 // n elements. They are held as words: an element of 16 bits of its own would take a whole register.
 template <class raw, int n>
@@ -35,7 +38,22 @@ struct alignas(16) Vector {
   }
 };
 
-// `count` elements, the rest 0. Tails and streams that are not aligned go one by one.
+// The elements of a loop's body: of 8 it takes 4 and then the others, or the kernels take twice as long to compile.
+constexpr int kUnrolled = 4;
+
+// Brings the elements that come after the first kUnrolled to the front.
+template <class raw, int n>
+__device__ __forceinline__ void turn(Vector<raw, n>& v) {
+  if constexpr (n > kUnrolled) {
+    static_assert(n == 2 * kUnrolled, "halves");
+    constexpr int words = int(sizeof v) / 4;
+    const Vector<raw, n> old = v;
+#pragma unroll
+    for (int w = 0; w < words; ++w) v.word[w] = old.word[(w + words / 2) % words];
+  }
+}
+
+// `count` elements, at least one; past the end the last again. Tails and streams that are not aligned go one by one.
 template <class raw, int n>
 __device__ __forceinline__ void read(Vector<raw, n>& v, const raw* at, int count) {
   if (count == n && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
@@ -43,7 +61,7 @@ __device__ __forceinline__ void read(Vector<raw, n>& v, const raw* at, int count
     return;
   }
 #pragma unroll
-  for (int j = 0; j < n; ++j) v.set(j, j < count ? at[j] : raw(0));
+  for (int j = 0; j < n; ++j) v.set(j, at[j < count ? j : count - 1]);
 }
 
 template <class raw, int n>
@@ -56,6 +74,13 @@ __device__ __forceinline__ void write(raw* at, const Vector<raw, n>& v, int coun
   for (int j = 0; j < n; ++j)
     if (j < count) at[j] = v.get(j);
 }
+
+#if defined(__CUDACC__)
+__device__ __forceinline__ double* dynamic_shared() {
+  extern __shared__ double memory[];
+  return memory;
+}
+#endif
 
 // Where a mask that repeats stands at the start of a block: in a run of `inner` elements that share a bit. What a block
 // does not reach is cut off, so that 32 bits suffice inside it: a 64-bit division is long, and a call.

@@ -1,29 +1,10 @@
-// Entries as pruning sees them: which it may choose, and what it does to those that were chosen, whoever chose them.
+// What pruning does to the entries that were chosen, whoever chose them.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include "block.h"
 
 namespace fuseopt {
 namespace cuda {
-
-// The bits of n neighbours from i on, a multiple of n; those past the end are unspecified.
-struct Held {
-  uint32_t pruned, frozen;
-};
-template <int n>
-__device__ __forceinline__ Held held(const Rows& rows, int row, int64_t i) {
-  const Head& head = rows.head(row);
-  const Masks& masks = rows.masks(row);
-  const uint32_t pruned = masks.pruned[i >> 5] >> (i & 31);
-  if (!head.freeze || !masks.keep) return {pruned, 0};
-  if (masks.inner == 1 && masks.period >= head.n) return {pruned, ~masks.keep[i >> 5] >> (i & 31)};
-  const BitMask keep{masks.keep, masks.period, masks.inner};
-  uint32_t frozen = 0;
-  for (int j = 0; j < n; ++j) frozen |= (keep.bit(i + j) ^ 1u) << j;
-  return {pruned, frozen};
-}
 
 template <class E>
 __device__ __forceinline__ void zero_average(void* average, int64_t i) {

@@ -1,5 +1,7 @@
-// The kernels of a step, as the host sees them: what each takes, and tables of them by rule and storage.
+// The kernels of a step, as the host sees them: what each takes, and how it is launched.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include "../groups.h"
 #include "../streams.h"
@@ -8,17 +10,12 @@
 namespace fuseopt {
 namespace cuda {
 
-constexpr int kVectorBytes = 16;  // a thread reads and writes
-
-// Stages 1 to 12. Blocks of kLanes / (16 / element size) threads; with statistics kSumBytes of dynamic shared memory.
+// Stages 1 to 12 on the tensors of the rows, which are of one rule and one storage.
 struct UpdateArgs {
   Memory memory;
   Rows rows;
 };
-using UpdateKernel = void (*)(UpdateArgs);
-extern const UpdateKernel update_kernels[kRules][kStorages];
-constexpr int kSums = 3;  // of squares: gradient, parameter, change
-constexpr size_t kSumBytes = kSums * kLanes * sizeof(double);
+void launch_update(int rule, int storage, const UpdateArgs& args, cudaStream_t stream);
 
 // Into Memory::squares, for each block the sum of squares of the gradient before clipping.
 struct SquaresArgs {
@@ -27,10 +24,9 @@ struct SquaresArgs {
   double inv_grad_scale;  // where Amp has no grad_scale
   Rows rows;
 };
-using SquaresKernel = void (*)(SquaresArgs);
-extern const SquaresKernel squares_kernels[kStorages];
+void launch_squares(int storage, const SquaresArgs& args, cudaStream_t stream);
 
-// One block of kLanes threads: decides whether the step counts, advances counters, forms every scalar.
+// Decides whether the step counts, advances counters, forms every scalar.
 struct PrepareRow {
   void* counter[kMaxCounters];
   int32_t tensor, position, group;  // `group` in the groups of the launch
@@ -51,8 +47,7 @@ struct PrepareArgs {
   Group groups[kPreparedGroups];
   PrepareRow rows[kPreparedRows];
 };
-using PrepareKernel = void (*)(PrepareArgs);
-extern const PrepareKernel prepare_kernel;
+void launch_prepare(const PrepareArgs& args, cudaStream_t stream);
 
 constexpr size_t kMaxParameterBytes = 32764;
 static_assert(sizeof(UpdateArgs) <= kMaxParameterBytes && sizeof(SquaresArgs) <= kMaxParameterBytes &&

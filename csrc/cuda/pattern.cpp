@@ -11,10 +11,9 @@ void prune_n_m(const TensorTable& table, int n, int m, int64_t channels, int64_t
   const Tensor& t = table.tensors[0];
   Pattern pattern{n, m, channels, stride, (channels + m - 1) / m, 0, table.groups[t.group].stage.keep_moments != 0};
   pattern.groups = t.n / channels * pattern.along;
-  const auto blocks = int((pattern.groups + kPatternThreads - 1) / kPatternThreads);
   static thread_local Rows rows;
   pack(table, 0, 1, true, rows, [](const Tensor&) { return true; },
-       [&] { launch(pattern_kernels[t.storage], blocks, kPatternThreads, stream, rows, pattern); });
+       [&] { launch_pattern(t.storage, rows, pattern, stream); });
 }
 
 }  // namespace cuda

@@ -1,5 +1,6 @@
 // Of every m entries along the channels the n largest stay, of equal ones the first. One thread decides for a group.
 #include "entries.h"
+#include "launch.h"
 #include "pattern.h"
 
 namespace fuseopt {
@@ -7,7 +8,25 @@ namespace cuda {
 namespace {
 
 // Keys say who stays, as in csrc/cpu/pattern.cpp: in the order of |p|, below all what is pruned, above all what is frozen.
+constexpr int kPatternThreads = 128;
 constexpr int32_t kPruned = INT32_MIN, kFrozen = INT32_MAX;
+
+// The bits of n neighbours from i on, a multiple of n; those past the end are unspecified.
+struct Held {
+  uint32_t pruned, frozen;
+};
+template <int n>
+__device__ __forceinline__ Held held(const Rows& rows, int row, int64_t i) {
+  const Head& head = rows.head(row);
+  const Masks& masks = rows.masks(row);
+  const uint32_t pruned = masks.pruned[i >> 5] >> (i & 31);
+  if (!head.freeze || !masks.keep) return {pruned, 0};
+  if (masks.inner == 1 && masks.period >= head.n) return {pruned, ~masks.keep[i >> 5] >> (i & 31)};
+  const BitMask keep{masks.keep, masks.period, masks.inner};
+  uint32_t frozen = 0;
+  for (int j = 0; j < n; ++j) frozen |= (keep.bit(i + j) ^ 1u) << j;
+  return {pruned, frozen};
+}
 
 template <class S>
 __device__ __forceinline__ int32_t key_of(typename S::raw p, const Held& held, int j) {
@@ -66,8 +85,13 @@ __global__ void __launch_bounds__(kPatternThreads) prune_groups(const Rows __gri
 
 }  // namespace
 
-#define FUSEOPT_PATTERN(S) prune_groups<S>,
-const PatternKernel pattern_kernels[kStorages] = {FUSEOPT_STORAGES(FUSEOPT_PATTERN)};
+void launch_pattern(int storage, const Rows& rows, const Pattern& pattern, cudaStream_t stream) {
+#define FUSEOPT_KERNEL(S) prune_groups<S>,
+  constexpr decltype(&prune_groups<F32>) kernels[] = {FUSEOPT_STORAGES(FUSEOPT_KERNEL)};
+#undef FUSEOPT_KERNEL
+  const auto blocks = int((pattern.groups + kPatternThreads - 1) / kPatternThreads);
+  launch(kernels[storage], blocks, kPatternThreads, stream, rows, pattern);
+}
 
 }  // namespace cuda
 }  // namespace fuseopt

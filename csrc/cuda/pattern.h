@@ -5,8 +5,6 @@
 
 #include <cstdint>
 
-#include "../streams.h"
-
 namespace fuseopt {
 
 class TensorTable;
@@ -24,9 +22,7 @@ struct Pattern {
   int64_t groups;  // of the tensor; one thread each
   bool keep_moments;
 };
-using PatternKernel = void (*)(const Rows __grid_constant__, Pattern);
-extern const PatternKernel pattern_kernels[kStorages];
-constexpr int kPatternThreads = 128;
+void launch_pattern(int storage, const Rows& rows, const Pattern& pattern, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace fuseopt

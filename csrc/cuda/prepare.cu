@@ -1,6 +1,7 @@
 // What a step decides and forms on the device before the pass: whether it counts, the norm, counters, scalars.
 #include "block.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace fuseopt {
 namespace cuda {
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kLanes) prepare(const PrepareArgs __grid_const
 
 }  // namespace
 
-const PrepareKernel prepare_kernel = prepare;
+void launch_prepare(const PrepareArgs& args, cudaStream_t stream) { launch(prepare, 1, int(kLanes), stream, args); }
 
 }  // namespace cuda
 }  // namespace fuseopt

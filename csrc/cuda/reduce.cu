@@ -1,6 +1,7 @@
 // The sum of squares of each block's gradient, for the norm.
 #include "block.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace fuseopt {
 namespace cuda {
@@ -45,7 +46,10 @@ __global__ void __launch_bounds__(kThreads<S>) squares(const SquaresArgs __grid_
 
 }  // namespace
 
-const SquaresKernel squares_kernels[kStorages] = {squares<F32>, squares<F64>, squares<BF16>, squares<F16>};
+void launch_squares(int storage, const SquaresArgs& args, cudaStream_t stream) {
+  static constexpr decltype(&squares<F32>) kernels[kStorages] = {squares<F32>, squares<F64>, squares<BF16>, squares<F16>};
+  launch(kernels[storage], args.rows.blocks, threads_of(storage), stream, args);
+}
 
 }  // namespace cuda
 }  // namespace fuseopt

@@ -5,8 +5,6 @@
 
 #include <cstdint>
 
-#include "../streams.h"
-
 namespace fuseopt {
 
 class TensorTable;
@@ -25,13 +23,10 @@ void count_ties(const TensorTable& table, uint32_t kth, int64_t* out, cudaStream
 // Of the ties in block b the first quota[b] go.
 void prune_up_to(const TensorTable& table, uint32_t kth, const int64_t* quota, cudaStream_t stream);
 
-// The kernels, by storage. Blocks of kThreads<S> threads.
-using DigitKernel = void (*)(const Rows __grid_constant__, uint32_t prefix, int shift, int width, unsigned long long* out);
-using TieKernel = void (*)(const Rows __grid_constant__, uint32_t kth, int64_t* out);
-using PruneKernel = void (*)(const Rows __grid_constant__, uint32_t kth, const int64_t* quota, bool keep_moments);
-extern const DigitKernel digit_kernels[kStorages];
-extern const TieKernel tie_kernels[kStorages];
-extern const PruneKernel prune_kernels[kStorages];
+// The kernels, on tensors of one storage.
+void launch_digits(int storage, const Rows& rows, uint32_t prefix, int shift, int width, int64_t* out, cudaStream_t stream);
+void launch_ties(int storage, const Rows& rows, uint32_t kth, int64_t* out, cudaStream_t stream);
+void launch_prune(int storage, const Rows& rows, uint32_t kth, const int64_t* quota, bool keep_moments, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace fuseopt

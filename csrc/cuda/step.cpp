@@ -8,8 +8,6 @@ namespace fuseopt {
 namespace cuda {
 namespace {
 
-int threads_for(int storage) { return int(kLanes * element_size(storage)) / kVectorBytes; }
-
 struct Range {
   int first, last;  // tensors of the table
 };
@@ -28,9 +26,7 @@ struct Launches {  // of one step on one stream
         args.inv_grad_scale = table.groups[t.group].stage.inv_grad_scale;  // the same in all
         return t.storage == storage;
       };
-      pack(table, 0, int(table.tensors.size()), false, args.rows, take, [&] {
-        launch(squares_kernels[storage], args.rows.blocks, threads_for(storage), stream, args);
-      });
+      pack(table, 0, int(table.tensors.size()), false, args.rows, take, [&] { launch_squares(storage, args, stream); });
     }
   }
 
@@ -43,7 +39,7 @@ struct Launches {  // of one step on one stream
     for (bool more = starts || range.first < range.last; more; starts = false, more = range.first < range.last) {
       args.starts = starts, args.advances = advance, args.clips = starts && clips(table);
       range.first = fill(args, range);
-      launch(prepare_kernel, 1, int(kLanes), stream, args);
+      launch_prepare(args, stream);
     }
   }
 
@@ -57,10 +53,7 @@ struct Launches {  // of one step on one stream
       for (int storage = 0; storage < kStorages; ++storage) {
         if (!present[rule][storage]) continue;
         const auto take = [&](const Tensor& t) { return t.storage == storage && table.groups[t.group].rule == rule; };
-        pack(table, range.first, range.last, true, args.rows, take, [&] {
-          launch_with(memory.sums ? kSumBytes : 0, update_kernels[rule][storage], args.rows.blocks,
-                      threads_for(storage), stream, args);
-        });
+        pack(table, range.first, range.last, true, args.rows, take, [&] { launch_update(rule, storage, args, stream); });
       }
   }
 

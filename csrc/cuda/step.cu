@@ -1,6 +1,7 @@
 // The pass over memory: stages 1 to 12 on one block of one tensor.
 #include "block.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace fuseopt {
 namespace cuda {
@@ -29,6 +30,8 @@ struct Scalars {
     if (!prunable && at == &stage.prune_below) *at = T(0);
   }
 };
+
+constexpr int kSums = 3;  // of squares: gradient, parameter, change
 
 // Stage 12: what a thread adds up of its elements. Sums of squares go to the lanes in shared memory.
 template <class S>
@@ -69,24 +72,31 @@ struct Statistics {
 // Stages 1 to 10 on a vector, and 12; returns the bits of what is pruned now.
 template <class Rule, class S, int slots>
 __device__ __forceinline__ uint32_t step_vector(Vector<typename S::raw, kVector<S>>& p,
-                                                const Vector<typename S::raw, kVector<S>>& g,
+                                                Vector<typename S::raw, kVector<S>>& g,
                                                 Vector<typename S::raw, kVector<S>> (&slot)[slots], const Bits& bits,
                                                 uint32_t frozen, const StageScalars<typename S::compute>& stage,
                                                 const typename Rule::template Scalars<typename S::compute>& rule,
                                                 Statistics<S>& statistics) {
+  constexpr int n = kVector<S>;
   uint32_t pruned = 0;
+#pragma unroll 1
+  for (int first = 0; first < n; first += kUnrolled) {
 #pragma unroll
-  for (int j = 0; j < kVector<S>; ++j) {
-    const bool keep = bits.keep >> j & 1, was_pruned = bits.pruned >> j & 1;
-    const typename S::raw before = p.get(j), grad = g.get(j);
-    typename S::raw after = before, moment[slots];
-    for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k].get(j);
-    const bool prune = step_element<Rule, S, true>(after, grad, moment, keep, frozen >> j & 1, was_pruned, stage, rule);
-    pruned |= uint32_t(prune) << j;
-    p.set(j, after);
-    for (int k = 0; k < Rule::slots; ++k) slot[k].set(j, moment[k]);
-    if (statistics.lanes && (bits.live >> j & 1))
-      statistics.add(j, S::load(grad), keep && !was_pruned, S::load(before), S::load(after), stage);
+    for (int j = 0; j < kUnrolled && j < n; ++j) {
+      const int at = first + j;
+      const bool keep = bits.keep >> at & 1, was_pruned = bits.pruned >> at & 1;
+      const typename S::raw before = p.get(j), grad = g.get(j);
+      typename S::raw after = before, moment[slots];
+      for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k].get(j);
+      const bool prune = step_element<Rule, S, true>(after, grad, moment, keep, frozen >> at & 1, was_pruned, stage, rule);
+      pruned |= uint32_t(prune) << at;
+      p.set(j, after);
+      for (int k = 0; k < Rule::slots; ++k) slot[k].set(j, moment[k]);
+      if (statistics.lanes && (bits.live >> at & 1))
+        statistics.add(at, S::load(grad), keep && !was_pruned, S::load(before), S::load(after), stage);
+    }
+    turn(p), turn(g);
+    for (int k = 0; k < Rule::slots; ++k) turn(slot[k]);
   }
   return pruned & bits.live;
 }
@@ -94,14 +104,18 @@ __device__ __forceinline__ uint32_t step_vector(Vector<typename S::raw, kVector<
 // Stage 11, for an average in storage type E.
 template <class S, class E>
 __device__ __forceinline__ void update_average(void* average, int64_t i, int count,
-                                               const Vector<typename S::raw, kVector<S>>& p,
+                                               Vector<typename S::raw, kVector<S>>& p,
                                                typename S::compute weight, uint32_t pruned, uint32_t frozen) {
   auto* at = static_cast<typename E::raw*>(average) + i;
   Vector<typename E::raw, kVector<S>> e;
   read(e, at, count);
+#pragma unroll 1
+  for (int first = 0; first < kVector<S>; first += kUnrolled) {
 #pragma unroll
-  for (int j = 0; j < kVector<S>; ++j)
-    e.set(j, ema_element<E>(e.get(j), S::load(p.get(j)), weight, pruned >> j & 1, frozen >> j & 1));
+    for (int j = 0; j < kUnrolled && j < kVector<S>; ++j)
+      e.set(j, ema_element<E>(e.get(j), S::load(p.get(j)), weight, pruned >> (first + j) & 1, frozen >> (first + j) & 1));
+    turn(e), turn(p);
+  }
   write(at, e, count);
 }
 
@@ -115,7 +129,6 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
   using T = typename S::compute;
   using raw = typename S::raw;
   constexpr int n = kVector<S>, slots = Rule::slots > 0 ? Rule::slots : 1;
-  extern __shared__ double lanes[];
   __shared__ Scalars<T> scalars;
   __shared__ Runs runs;
   const Rows& rows = a.rows;
@@ -124,7 +137,7 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
   const Head& head = rows.head(row);
   place.start(rows, runs);
   scalars.load(a.memory.scalars[head.tensor], rows.masked && rows.masks(row).pruned);
-  Statistics<S> statistics(a.memory.sums ? lanes : nullptr);
+  Statistics<S> statistics(a.memory.sums ? dynamic_shared() : nullptr);
   __syncthreads();
   const auto& rule = scalars.template of<Rule>();
 
@@ -162,8 +175,13 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
 
 }  // namespace
 
+void launch_update(int rule, int storage, const UpdateArgs& args, cudaStream_t stream) {
 #define FUSEOPT_ROW(Rule, name) {update<Rule, F32>, update<Rule, F64>, update<Rule, BF16>, update<Rule, F16>},
-const UpdateKernel update_kernels[kRules][kStorages] = {FUSEOPT_RULES(FUSEOPT_ROW)};
+  static constexpr decltype(&update<Adam, F32>) kernels[kRules][kStorages] = {FUSEOPT_RULES(FUSEOPT_ROW)};
+#undef FUSEOPT_ROW
+  const size_t shared = args.memory.sums ? kSums * kLanes * sizeof(double) : 0;
+  launch_with(shared, kernels[rule][storage], args.rows.blocks, threads_of(storage), stream, args);
+}
 
 }  // namespace cuda
 }  // namespace fuseopt

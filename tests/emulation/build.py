@@ -20,12 +20,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 # Those of setup.py that matter for the arithmetic; -O1 because it is compiled more often than it is run.
-FLAGS = "-std=c++17 -O1 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -fPIC -Wall"
+FLAGS = "-std=c++17 -O1 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Wno-unknown-pragmas"
 SANITIZE = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 NINJA = """\
 rule compile
-  command = {cxx} {flags} -MMD -MF $out.d -x c++ -c $in -o $out
+  command = {cxx} {flags} $more -MMD -MF $out.d -x c++ -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -63,6 +63,8 @@ def build(sanitize: bool = False) -> Path:
     for source in sources():
         objects.append("_".join(source.relative_to(ROOT / "csrc").parts) + ".o")
         lines.append(f"build {objects[-1]}: compile {str(source).replace(' ', '$ ')}\n")
+        if source.suffix == ".cu":
+            lines.append("  more = -include cuda_runtime.h\n")  # as nvcc does
     name = f"_CUDA{sysconfig.get_config_var('EXT_SUFFIX')}"
     lines.append(f"build {name}: link {' '.join(objects)}\n")
     with open(folder / "lock", "w") as lock:

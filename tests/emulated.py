@@ -1,0 +1,23 @@
+"""backend="cuda" without a GPU: the kernels compiled by g++ (tests/emulation), CPU tensors in the GPU's place."""
+
+from fuseopt import cpu, cuda, torch_abi, torch_layout
+
+
+def install() -> str | None:
+    """Put the emulated module in the place of fuseopt._CUDA for this process; returns why it cannot be built."""
+    from emulation import build
+
+    try:
+        module = build.load()
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    cpu.connect(module, *torch_abi.find(), torch_layout.find())
+    cuda.native, cuda.why_not, cuda.DEVICE = module, None, "cpu"
+    cuda.unavailable = lambda: None
+    cuda.unfit = lambda device: None
+    cuda.capturing = lambda: False
+    cuda.stream = lambda device: 0
+    return None
+
+
+why_not = install()
