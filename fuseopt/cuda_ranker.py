@@ -30,8 +30,8 @@ class Ranker(cpu.Ranker):
     def prune_in_memory_order(self, kth: int, quotas: Tensor, shared: bool) -> None:
         ties = self._ties_of_blocks(kth)
         parts = [ties] if shared else ties.split(self.table.blocks())
-        shares = [select.share(quota, part) for quota, part in zip(quotas.tolist(), parts, strict=True)]
-        self.table.prune(kth, torch.cat(shares).data_ptr(), cuda.stream(self.home))
+        shares = torch.cat([select.share(quota, part) for quota, part in zip(quotas.tolist(), parts, strict=True)])
+        self.table.prune(kth, shares.data_ptr(), cuda.stream(self.home))
 
     def prune_n_m(self, n: int, m: int) -> None:
         here = local(self.members[0][1])
