@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import distributed, patterns, plan, schema, select, triton_table
+from . import distributed, patterns, select, triton_table
 from .checks import in_layout_of
 from .kernels import rules
 from .kernels import select as kernels

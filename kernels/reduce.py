@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .pipeline import effective_grad
-from .table import G, IN_NORM, PRUNED, SCALARS, TILE, WIDTH, alive, bits, column, find, kept, load, stream, tiles
+from .table import IN_NORM, PRUNED, SCALARS, TILE, WIDTH, G, alive, bits, column, find, kept, load, stream, tiles
 
 
 @triton.jit
@@ -24,30 +24,30 @@ def square(x):
 
 
 @triton.jit
-def squares_of_tile(lanes, table, tensors, k, at, live, s, g, MASKED: tl.constexpr):
+def squares_of_tile(lanes, row, at, live, s, g, MASKED: tl.constexpr):
     keep = None
     if MASKED:  # what is pruned the step cannot change either
-        there = column(table, tensors, k, PRUNED) != 0
-        pruned = bits(stream(table, tensors, k, PRUNED, tl.int32), at, alive(table, tensors, k, at) & there)
-        keep = kept(table, tensors, k, at) & ~pruned
+        there = column(row, PRUNED) != 0
+        pruned = bits(stream(row, PRUNED, tl.int32), at, alive(row, at) & there)
+        keep = kept(row, at) & ~pruned
     return lanes + square(effective_grad(load(g, at, live).to(s[0].dtype), keep, s))
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@triton.jit(do_not_specialize=["table", "tensors", "scalars", "sums"])
 def grad_norm(table, tensors, scalars, sums, MASKED: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of squares of each block's gradient, as far as the step may change its entries."""
-    k, number = find(table, tensors, tl.program_id(0))
-    begin, whole, count = tiles(table, tensors, k, number)
-    row = scalars + column(table, tensors, k, SCALARS) * WIDTH
-    s = (tl.load(row), tl.load(row + 1), tl.load(row + 2))
-    g = stream(table, tensors, k, G, DTYPE)
+    row, number = find(table, tensors)
+    begin, whole, count = tiles(row, number)
+    own = scalars + column(row, SCALARS) * WIDTH
+    s = (tl.load(own), tl.load(own + 1), tl.load(own + 2))
+    g = stream(row, G, DTYPE)
     lanes = tl.zeros([TILE], tl.float64)
     for t in range(0, whole):
-        lanes = squares_of_tile(lanes, table, tensors, k, begin + t * TILE, None, s, g, MASKED)
+        lanes = squares_of_tile(lanes, row, begin + t * TILE, None, s, g, MASKED)
     for t in range(whole, count):
         at = begin + t * TILE
-        lanes = squares_of_tile(lanes, table, tensors, k, at, alive(table, tensors, k, at), s, g, MASKED)
-    place = column(table, tensors, k, IN_NORM)
+        lanes = squares_of_tile(lanes, row, at, alive(row, at), s, g, MASKED)
+    place = column(row, IN_NORM)
     tl.store(sums + place + number, add_lanes(lanes), mask=place >= 0)
 
 
@@ -60,7 +60,7 @@ def add_blocks(sums, blocks):
     return add_lanes(lanes)
 
 
-@triton.jit(do_not_specialize=["blocks", "groups"])
+@triton.jit(do_not_specialize=["sums", "blocks", "bounds", "groups", "wide", "narrow"])
 def clip(sums, blocks, bounds, groups, wide, narrow):
     """Each group's factor min(1, max_grad_norm / (norm + 1e-6)), in fp64 and fp32, from the sums of all blocks.
 

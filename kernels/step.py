@@ -8,10 +8,8 @@ from .reduce import add_lanes, square
 from .table import (
     EMA,
     FREEZE,
-    G,
     GROUP,
     IN_SUMS,
-    P,
     PRUNED,
     RULE,
     SCALARS,
@@ -19,6 +17,8 @@ from .table import (
     TILE,
     WEIGHTS,
     WIDTH,
+    G,
+    P,
     alive,
     bits,
     column,
@@ -33,13 +33,13 @@ from .table import (
 
 
 @triton.jit
-def masks(table, tensors, k, at):
+def masks(row, at):
     """(kept, frozen, pruned, words of what is pruned, whether there are any) of a tile."""
-    there = column(table, tensors, k, PRUNED) != 0
-    words = stream(table, tensors, k, PRUNED, tl.int32)
-    keep = kept(table, tensors, k, at)
-    frozen = ~keep & (column(table, tensors, k, FREEZE) != 0)
-    return keep, frozen, bits(words, at, alive(table, tensors, k, at) & there), words, there
+    there = column(row, PRUNED) != 0
+    words = stream(row, PRUNED, tl.int32)
+    keep = kept(row, at)
+    frozen = ~keep & (column(row, FREEZE) != 0)
+    return keep, frozen, bits(words, at, alive(row, at) & there), words, there
 
 
 @triton.jit
@@ -59,27 +59,27 @@ def gather_statistics(lanes, g, before, after, keep, pruned, live, s):
 
 @triton.jit
 def step_tile(
-    lanes, update, table, tensors, k, at, live, s, r, weights,
+    lanes, update, row, at, live, s, r, weights,
     SLOTS: tl.constexpr, AVERAGES: tl.constexpr, NARROW: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     T = s[0].dtype
-    p = stream(table, tensors, k, P, DTYPE)
-    moments = [stream(table, tensors, k, SLOT + c, DTYPE) for c in (0, 1, 2)[:SLOTS]]
-    before, g = load(p, at, live), load(stream(table, tensors, k, G, DTYPE), at, live)
+    p = stream(row, P, DTYPE)
+    moments = [stream(row, SLOT + c, DTYPE) for c in (0, 1, 2)[:SLOTS]]
+    before, g = load(p, at, live), load(stream(row, G, DTYPE), at, live)
     slot = [load(x, at, live) for x in moments]
     keep, frozen, pruned = None, None, None
     if MASKED:
-        keep, frozen, pruned, words, there = masks(table, tensors, k, at)
+        keep, frozen, pruned, words, there = masks(row, at)
     after, slot, gone = step_element(update, before, g, slot, keep, frozen, pruned, s, r)
     store(p, at, live, after)
     for c in tl.static_range(SLOTS):
         store(moments[c], at, live, slot[c])
     if MASKED:
         if there & (s[PRUNE_BELOW] > 0):  # a threshold marks what it pruned
-            set_bits(words, at, alive(table, tensors, k, at), gone)
+            set_bits(words, at, alive(row, at), gone)
     for c in tl.static_range(AVERAGES):
-        ema = stream(table, tensors, k, EMA + c, DTYPE if NARROW >> c & 1 else T)
-        if column(table, tensors, k, EMA + c) != 0:
+        ema = stream(row, EMA + c, DTYPE if NARROW >> c & 1 else T)
+        if column(row, EMA + c) != 0:
             store(ema, at, live, ema_element(load(ema, at, live), after.to(T), weights[c], gone, frozen))
     if len(lanes) > 0:
         return gather_statistics(lanes, g, before, after, keep, pruned, live, s)
@@ -87,7 +87,7 @@ def step_tile(
         return lanes
 
 
-@triton.jit(do_not_specialize=["tensors", "blocks"])
+@triton.jit(do_not_specialize=["table", "tensors", "scalars", "clip", "sums", "blocks"])
 def step(
     table, tensors, scalars, clip, sums, blocks,
     update: tl.constexpr, SLOTS: tl.constexpr, AVERAGES: tl.constexpr, NARROW: tl.constexpr,
@@ -100,29 +100,26 @@ def step(
     average that is kept in the parameter's dtype, DTYPE. MASKED: whether some tensor has a mask or pruned entries.
     STATISTICS: whether to write each block's sums to `sums`, five columns of `blocks` doubles.
     """
-    k, number = find(table, tensors, tl.program_id(0))
-    begin, whole, count = tiles(table, tensors, k, number)
-    row = scalars + column(table, tensors, k, SCALARS) * WIDTH
-    s = [tl.load(row + c) for c in (0, 1, 2, 3, 4, 5, 6, 7, 8)]
-    below = tl.where(column(table, tensors, k, PRUNED) != 0, s[7], 0.0)  # the threshold is for prunable tensors alone
-    s = (s[0], s[1], tl.load(clip + column(table, tensors, k, GROUP)), s[3], s[4], s[5], s[6], below, s[8])
-    r = [tl.load(row + RULE + c) for c in (0, 1, 2, 3, 4, 5, 6, 7)]
-    weights = [tl.load(row + WEIGHTS + c) for c in (0, 1, 2, 3, 4, 5, 6, 7)[:AVERAGES]]
+    row, number = find(table, tensors)
+    begin, whole, count = tiles(row, number)
+    own = scalars + column(row, SCALARS) * WIDTH
+    s = [tl.load(own + c) for c in (0, 1, 2, 3, 4, 5, 6, 7, 8)]
+    below = tl.where(column(row, PRUNED) != 0, s[7], 0.0)  # the threshold is for prunable tensors alone
+    s = (s[0], s[1], tl.load(clip + column(row, GROUP)), s[3], s[4], s[5], s[6], below, s[8])
+    r = [tl.load(own + RULE + c) for c in (0, 1, 2, 3, 4, 5, 6, 7)]
+    weights = [tl.load(own + WEIGHTS + c) for c in (0, 1, 2, 3, 4, 5, 6, 7)[:AVERAGES]]
     lanes = ()
     if STATISTICS:
         zeros, none = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.int32)
         lanes = (zeros, zeros, zeros, none, none)
     for t in range(0, whole):
-        lanes = step_tile(
-            lanes, update, table, tensors, k, begin + t * TILE, None, s, r, weights, SLOTS, AVERAGES, NARROW, MASKED, DTYPE
-        )
+        at = begin + t * TILE
+        lanes = step_tile(lanes, update, row, at, None, s, r, weights, SLOTS, AVERAGES, NARROW, MASKED, DTYPE)
     for t in range(whole, count):
         at = begin + t * TILE
-        live = alive(table, tensors, k, at)
-        lanes = step_tile(
-            lanes, update, table, tensors, k, at, live, s, r, weights, SLOTS, AVERAGES, NARROW, MASKED, DTYPE
-        )
+        live = alive(row, at)
+        lanes = step_tile(lanes, update, row, at, live, s, r, weights, SLOTS, AVERAGES, NARROW, MASKED, DTYPE)
     if STATISTICS:
-        place = sums + column(table, tensors, k, IN_SUMS) + number
+        place = sums + column(row, IN_SUMS) + number
         for c in tl.static_range(5):
             tl.store(place + c * blocks, add_lanes(lanes[c]).to(tl.float64))

@@ -14,8 +14,8 @@ P, G, SLOT, EMA = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexp
 KEEP, PRUNED = tl.constexpr(13), tl.constexpr(14)  # addresses of words of bits; 0: all kept, none pruned
 N = tl.constexpr(15)  # elements
 FIRST = tl.constexpr(16)  # of its blocks in the launch
-IN_NORM, IN_SUMS = tl.constexpr(17), tl.constexpr(18)  # its first block among those of the norm (-1: none), of the sums
-INNER, PERIOD, FREEZE = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)  # of the mask; see BitMask in csrc/streams.h
+IN_NORM, IN_SUMS = tl.constexpr(17), tl.constexpr(18)  # and among those of the norm (-1: none), of the statistics
+INNER, PERIOD, FREEZE = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)  # of the mask: BitMask in csrc/streams.h
 ALIGNED = tl.constexpr(22)  # whether every stream begins at a multiple of 16 bytes
 SCALARS = tl.constexpr(23)  # its row of scalars
 GROUP = tl.constexpr(24)  # its entry among the clip factors
@@ -26,33 +26,36 @@ WEIGHTS, RULE, WIDTH = tl.constexpr(9), tl.constexpr(17), tl.constexpr(25)
 
 
 @triton.jit
-def column(table, tensors, k, c):
-    return tl.load(table + c * tensors + k)
+def column(row, c):
+    """A number of the table; row: (table, tensors, which of them)."""
+    return tl.load(row[0] + c * row[1] + row[2])
 
 
 @triton.jit
-def find(table, tensors, block):
-    """(the tensor that block of the launch belongs to, the number of that block within it)."""
+def find(table, tensors):
+    """(the row of the tensor that this program's block belongs to, the number of that block within it)."""
+    block = tl.program_id(0).to(tl.int64)
     low, high = block * 0, block * 0 + tensors
     while high - low > 1:
         middle = (low + high) // 2
-        before = column(table, tensors, middle, FIRST) <= block
+        before = column((table, tensors, middle), FIRST) <= block
         low, high = tl.where(before, middle, low), tl.where(before, high, middle)
-    return low, block - column(table, tensors, low, FIRST)
+    row = (table, tensors, low)
+    return row, block - column(row, FIRST)
 
 
 @triton.jit
-def tiles(table, tensors, k, number):
+def tiles(row, number):
     """(first element of the block, how many of its tiles are whole and aligned, how many there are)."""
     begin = number * BLOCK
-    rest = tl.minimum(column(table, tensors, k, N) - begin, BLOCK).to(tl.int32)
-    whole = tl.where(column(table, tensors, k, ALIGNED) != 0, rest // TILE, 0)
+    rest = tl.minimum(column(row, N) - begin, BLOCK).to(tl.int32)
+    whole = tl.where(column(row, ALIGNED) != 0, rest // TILE, 0)
     return begin, whole, (rest + TILE - 1) // TILE
 
 
 @triton.jit
-def stream(table, tensors, k, c, dtype):
-    return column(table, tensors, k, c).to(tl.pointer_type(dtype))
+def stream(row, c, dtype):
+    return column(row, c).to(tl.pointer_type(dtype))
 
 
 @triton.jit
@@ -76,8 +79,8 @@ def store(base, at, live, x):
 
 
 @triton.jit
-def alive(table, tensors, k, at):
-    return tl.arange(0, TILE) < column(table, tensors, k, N) - at
+def alive(row, at):
+    return tl.arange(0, TILE) < column(row, N) - at
 
 
 # ---- bits --------------------------------------------------------------------------------------------
@@ -91,14 +94,14 @@ def steps_over(rest, size, j):
 
 
 @triton.jit
-def kept(table, tensors, k, at):
+def kept(row, at):
     """The bits of the mask of a tile: element i has bit (i // inner) % period."""
-    words = stream(table, tensors, k, KEEP, tl.int32)
-    inner, period = column(table, tensors, k, INNER), column(table, tensors, k, PERIOD)
+    words = stream(row, KEEP, tl.int32)
+    inner, period = column(row, INNER), column(row, PERIOD)
     first = at // inner % period
     ahead = steps_over(at % inner, inner, tl.arange(0, TILE))
     bit = first + ahead - period * steps_over(first, period, ahead)
-    word = tl.load(words + (bit >> 5), mask=column(table, tensors, k, KEEP) != 0, other=-1)
+    word = tl.load(words + (bit >> 5), mask=column(row, KEEP) != 0, other=-1)
     return (word >> (bit & 31).to(tl.int32)) & 1 != 0
 
 

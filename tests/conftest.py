@@ -3,12 +3,22 @@
 import os
 import sys
 
+os.environ["TRITON_INTERPRET"] = "1"  # before triton, which the construction of any torch optimizer imports
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a shared machine
 
 import pytest
 import torch
 
-from fuseopt import cpu, torch_abi, torch_layout
+import fuseopt
+from fuseopt import cpu, torch_abi, torch_layout, triton_driver
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.join(ROOT, "fuseopt") in fuseopt.__path__:  # not installed: kernels/ lies beside fuseopt/
+    fuseopt.__path__.append(ROOT)
+if triton_driver.why_not() is None:
+    import interpreter
+
+    interpreter.mend()
 
 
 @pytest.fixture(params=("cpu", "torch"))

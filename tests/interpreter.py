@@ -11,6 +11,8 @@ from triton.runtime import interpreter
 
 def mend() -> None:
     """Mend the interpreter of this process."""
+    interpreter.InterpretedFunction.__call__ = _call
+    interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = False  # as compiled kernels; and slow
     builder = interpreter.InterpreterBuilder
     builder.create_fma = lambda self, x, y, z: interpreter.TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)
     splat = builder.create_splat
@@ -31,6 +33,14 @@ def mend() -> None:
         return convert(x, of, to, rounding)
 
     interpreter._convert_float = convert_float
+
+
+def _call(self, *args, **kwargs):
+    """A call within a launch: makes the language the interpreter's only once; at each call, that takes half the time."""
+    languages = [x for x in self.fn.__globals__.values() if x is tl or x is tl.core]
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:

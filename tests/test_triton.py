@@ -1,0 +1,240 @@
+"""The Triton kernels, interpreted: bit for bit what the compiled pass for the CPU makes.
+
+A tile has 1024 elements, a block 4096, a word of bits 32. An interpreted program takes milliseconds, so that shapes
+are few; what does not touch kernels is tested through `backend` elsewhere.
+"""
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import (
+    BF16,
+    BY_NAME,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    ONE_EACH,
+    STAGE,
+    STAGES,
+    assert_same_bits,
+    assert_same_state,
+    element_mask,
+    ident,
+    like,
+    parameters,
+    run,
+    set_gradients,
+)
+from torch.nn import Parameter
+
+import fuseopt
+from fuseopt import EMA, Prune, triton_driver
+
+pytestmark = pytest.mark.skipif(triton_driver.why_not() is not None, reason=str(triton_driver.why_not()))
+
+SHAPES = [(33, 31), (0, 3), (1029,), (5, 2, 2, 3)]
+CASES = [(rule, stage, F32) for rule in ONE_EACH for stage in STAGES]
+CASES += [(rule, STAGE["everything"], dtype) for rule in ONE_EACH for dtype in (F64, BF16, F16)]
+CASES += [
+    (BY_NAME["adam"], STAGE[name], dtype) for name in ("everything-sparsity", "sparsity-n-m") for dtype in DTYPES[1:]
+]
+
+
+def both(build, params):
+    """[(optimizer, its parameters)] of the Triton and the CPU backend, equal in all else; build(params, backend)."""
+    copies = like(params)
+    return [(build(x, backend), x) for x, backend in ((params, "triton"), (copies, "cpu"))]
+
+
+def assert_moved(params, before) -> None:
+    """Every element; nothing masks or prunes."""
+    for p, old in zip(params, before, strict=True):
+        assert (p != old).all(), f"{int((p == old).sum())} elements of {tuple(p.shape)} did not move"
+
+
+@pytest.mark.parametrize(("rule", "stage", "dtype"), CASES, ids=ident)
+def test_equals_the_cpu_bit_for_bit(rule, stage, dtype, native):
+    """Three steps, saved and loaded after the first."""
+    (ours, params), (cpus, copies) = both(
+        lambda x, name: stage.build(rule, x, dtype, backend=name), parameters(SHAPES, dtype)
+    )
+    run(ours, params, 1), run(cpus, copies, 1)
+    assert_same_state(ours, cpus)
+    saved = io.BytesIO()
+    torch.save(ours.state_dict(), saved)
+    again = like(params)
+    ours = stage.build(rule, again, dtype, backend="triton")
+    saved.seek(0)
+    ours.load_state_dict(torch.load(saved, weights_only=True))
+    run(ours, again, 2, 2), run(cpus, copies, 2, 2)
+    assert_same_state(ours, cpus)
+    if ours.defaults["statistics"]:
+        assert ours.statistics() == cpus.statistics()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+@pytest.mark.parametrize("aligned", (True, False), ids=("aligned", "unaligned"))
+def test_sizes_and_alignments(dtype, aligned, native):
+    """One launch over many tensors: tiles and blocks that are whole, or are not; every element moves."""
+    sizes = (1, 16, 1023, 1024, 1025, 4096, 4097, 8192)
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for n in sizes:
+        memory = torch.randn(n + 1, generator=generator).to(dtype)
+        params.append(Parameter(memory[:-1] if aligned else memory[1:]))
+    params[0] = Parameter(params[0].detach()[0])
+    (ours, params), (cpus, copies) = both(
+        lambda x, name: BY_NAME["sgd"].ours(x, lr=0.5, max_grad_norm=5.0, backend=name), params
+    )
+    for k, (p, q) in enumerate(zip(params, copies, strict=True)):
+        assert (p.data_ptr() % 16 == 0) == aligned
+        p.grad = torch.full_like(p, k % 3 - 1.5)
+        q.grad = p.grad.clone()
+    before = [p.detach().clone() for p in params]
+    ours.step(), cpus.step()
+    assert_same_state(ours, cpus)
+    if dtype in (F32, F64):
+        assert_moved(params, before)
+
+
+@pytest.mark.parametrize("shape", ((3000,), (3, 1500), (100, 70), (7, 600), (2, 3, 1100)), ids=str)
+def test_masks_of_every_period(shape, native):
+    """Rows longer and shorter than a tile, and columns: the bits of a mask repeat."""
+    for dims in ((0,), (len(shape) - 1,), tuple(range(len(shape)))):
+        generator = torch.Generator().manual_seed(3)
+        keep = torch.rand([n if d in dims else 1 for d, n in enumerate(shape)], generator=generator) > 0.4
+        (ours, params), (cpus, copies) = both(
+            lambda x, name: fuseopt.SGD(x, lr=0.1, momentum=0.9, max_grad_norm=1.0, backend=name), parameters([shape])
+        )
+        for opt, p in ((ours, params[0]), (cpus, copies[0])):
+            opt.mask(p, keep)
+            run(opt, [p], 2)
+        assert_same_state(ours, cpus)
+
+
+@pytest.mark.parametrize("kind", ("gaps", "gaps-shared", "twice", "views", "transposed", "two-dtypes", "no-gradient"))
+def test_tensors_of_every_kind(kind, native):
+    """Gaps in memory, memory that is shared, other orders of dimensions."""
+
+    def build(_, backend):
+        memory = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+        params = {
+            "gaps": lambda: [memory[:, :30]],
+            "gaps-shared": lambda: [memory[:, :30], memory[:, 10:], memory[2]],
+            "twice": lambda: [memory[:3], memory[1:5]],
+            "views": lambda: [memory[0], memory[1], memory[2:]],
+            "transposed": lambda: [memory.t()],
+            "two-dtypes": lambda: [memory, memory.double()],
+            "no-gradient": lambda: [memory[:3], memory[3:]],
+        }[kind]()
+        params = [Parameter(x) for x in params]
+        opt = fuseopt.AdamW(params, max_grad_norm=0.5, ema=EMA(0.9), prune=Prune(0.5, begin=2), backend=backend)
+        opt.mask(params[0], element_mask(params[0]))
+        for t in range(1, 4):
+            set_gradients(params, t)
+            if kind == "no-gradient":
+                params[t % 2].grad = None
+            opt.step()
+        return opt
+
+    (ours, _), (cpus, _) = both(build, [])
+    assert_same_state(ours, cpus)
+
+
+def test_what_changes_between_steps_is_seen(native):
+    """Storage, gradients, state, masks and options that were replaced count from the next step on."""
+
+    def build(params, backend):
+        opt = fuseopt.AdamW(params, ema=EMA(0.9, every=2), statistics=True, backend=backend)
+        run(opt, params, 2)
+        params[0].data = params[0].data.clone()
+        run(opt, params, 1, 3)
+        opt.state[params[0]]["exp_avg"] = opt.state[params[0]]["exp_avg"] * 2
+        opt.param_groups[0]["lr"] = 0.25
+        run(opt, params, 1, 4)
+        opt.mask(params[1], torch.tensor(False))
+        opt.param_groups[0]["max_grad_norm"] = 0.5
+        run(opt, params, 1, 5)
+        params[0].data = params[0].data.t()
+        run(opt, params, 1, 6)
+        opt.mask(params[1], torch.tensor(True))
+        opt.param_groups[0]["prune"] = Prune(threshold=0.3)
+        run(opt, params, 2, 7)
+        return opt
+
+    (ours, _), (cpus, _) = both(build, parameters([(8, 8), (40,)]))
+    assert_same_state(ours, cpus)
+    assert ours.statistics() == cpus.statistics()
+
+
+def test_ties_across_blocks(native):
+    """Equal magnitudes in three tensors and five blocks: those pruned are the CPU's."""
+
+    def build(_, backend):
+        params = [Parameter(torch.ones(shape)) for shape in ((2, 4100), (3, 5), (1, 1500))]
+        opt = fuseopt.SGD(params, lr=0.0, prune=Prune(0.9, schedule="once"), backend=backend)
+        return run(opt, params, 1)
+
+    (ours, _), (cpus, _) = both(build, [])
+    assert_same_state(ours, cpus)
+
+
+def test_nothing_is_refused_late():
+    """Where Triton is told to step what it cannot reach, nothing changes; see test_promises for the rest."""
+    p = parameters([(3,)])[0]
+    opt = fuseopt.SGD([("w", p)], lr=0.1, backend="triton")
+    why_not = triton_driver.why_not
+    try:
+        triton_driver.why_not = lambda device=None: "it drives no cpu"
+        p.grad = torch.ones(3)
+        before = p.detach().clone()
+        with pytest.raises(ValueError, match="'w' is on cpu.*drives no cpu"):
+            opt.step()
+    finally:
+        triton_driver.why_not = why_not
+    assert_same_bits(p, before)
+
+
+# ---- what the compiler makes of them, in a process that has not interpreted ------------------------------
+
+COMPILED = """
+import torch, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import create_function_from_signature
+from fuseopt.kernels import aot, rules, select, step
+
+def variants(kernel, calls):
+    bind = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 90, 32)))
+    return len({str(bind(*call, **aot.options("float32", 32))[1]) for call in calls})
+
+x, y = torch.zeros(9, dtype=torch.int64), torch.zeros(9)
+z, constants = y.double(), (rules.RULES["adam"].update, 2, 0, 0, False, False, tl.float32)
+calls = [(x[k:], n, y[k:], y[k:], z[k:], m, *constants) for k in (0, 1, 2) for n in (1, 16, 17) for m in (1, 16, 5)]
+assert variants(step.step, calls) == 1, "a launch's values are compiled in"
+calls = [(x[k:], n, x[k:], a, b, c, tl.float32) for k in (0, 1) for n in (1, 16) for a in (0, 1, 16) for b, c in ((0, 15), (15, 16))]
+assert variants(select.histogram, calls) == 1, "a digit is compiled in"
+"""
+
+
+def test_values_are_not_compiled_in():
+    """Another number of tensors, learning rate, digit or address makes no new variant of a kernel."""
+    _compiled(COMPILED)
+
+
+def _compiled(script: str) -> str:
+    """What a script prints that runs without the interpreter."""
+    import os
+
+    paths = [os.path.dirname(fuseopt.__path__[0]), *sys.path]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": os.pathsep.join(paths)
+    }
+    start = f"import fuseopt; fuseopt.__path__[:] = {list(fuseopt.__path__)!r}\n"
+    done = subprocess.run([sys.executable, "-c", start + script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
