@@ -25,10 +25,11 @@ CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 FIND_TORCH := from importlib import metadata as m; d = m.distribution("torch"); v = d.version; \
   tuple(map(int, v.split(".")[:2])) >= (2, 6) and print(v, d.locate_file(""))
 
-.PHONY: help demo test bench docs clean
+.PHONY: help demo test sanitize bench docs clean
 help:
 	@echo 'make demo    fine-tune a small pretrained model with fused, verified optimizers; results in runs/demo'
 	@echo 'make test    run the tests'
+	@echo 'make sanitize   run the tests of the CUDA kernels, which run on the CPU, under the sanitizers of g++'
 	@echo 'make bench   measure a step against torch; results as JSON'
 	@echo 'make docs    build the pages under docs/ into build/site'
 	@echo 'make clean   remove what the others made, except runs/'
@@ -38,6 +39,13 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(RUN) -m pytest $(ARGS)
+
+# tests/emulation compiles the kernels with g++. Python has no sanitizer, so its library is loaded before it.
+sanitize: $(VENV)/built
+	$(RUN) tests/emulation/build.py --sanitize
+	FUSEOPT_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(RUN) -m pytest -q -s tests/test_cuda_*.py $(ARGS)  # -s: the report goes to stderr
 
 bench: $(VENV)/built
 	$(RUN) bench/step.py $(ARGS)

@@ -251,3 +251,15 @@ def test_infinite_and_missing_numbers():
         assert_same_state(*made)
         if "statistics" in options:
             assert made[0].statistics()["nonfinite"] == made[1].statistics()["nonfinite"] > 0
+
+
+def test_rules_that_share_memory_run_in_the_order_of_the_table():
+    """Launches are made rule by rule otherwise, plain SGD first."""
+    made = []
+    for backend in ("cpu", "cuda"):
+        memory = parameters([(900,)])[0].detach()
+        params = [Parameter(memory[:600]), Parameter(memory[100:])]
+        groups = [{"params": params[:1], "momentum": 0.9}, {"params": params[1:], "momentum": 0.0}]
+        run(BY_NAME["sgd-decoupled"].ours(groups, backend=backend), params, 2)
+        made.append(memory)
+    assert_same_bits(*made)

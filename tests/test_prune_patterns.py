@@ -80,7 +80,7 @@ def test_the_n_largest_of_every_m_stay(pattern, memory, dtype, backend):
         frozen = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < n / m / 4
         frozen &= patterns_rank(frozen, m) < n
         pruned = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.1
-        opt.state[p]["prune_mask"] = fuseopt.stages.mask.empty_bits(p.numel())
+        opt.state[p]["prune_mask"] = fuseopt.stages.mask.empty_bits(p.numel(), p.device)
         fuseopt.stages.mask.into_memory_order(opt.state[p], p)
         fuseopt.stages.mask.set_pruned(opt.state[p], p, pruned)
         opt.mask(p, ~frozen)

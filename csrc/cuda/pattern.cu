@@ -59,7 +59,7 @@ __device__ __forceinline__ bool goes(int j, int m, int n, const Key& key) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kPatternThreads) prune_groups(const Rows __grid_constant__ rows, Pattern a) {
+__global__ void __launch_bounds__(kPatternThreads, 8) prune_groups(const Rows __grid_constant__ rows, Pattern a) {
   const int64_t group = blockIdx.x * int64_t(kPatternThreads) + threadIdx.x;
   if (group >= a.groups) return;
   const int64_t column = group % a.stride, step = group / a.stride;

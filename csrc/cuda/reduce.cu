@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads<S>) squares(const SquaresArgs __grid_
 }  // namespace
 
 void launch_squares(int storage, const SquaresArgs& args, cudaStream_t stream) {
-  static constexpr decltype(&squares<F32>) kernels[kStorages] = {squares<F32>, squares<F64>, squares<BF16>, squares<F16>};
+  static constexpr decltype(&squares<F32>) kernels[kStorages] = {squares<F32>, squares<F64>, squares<BF16>,
+                                                             squares<F16>};
   launch(kernels[storage], args.rows.blocks, threads_of(storage), stream, args);
 }
 

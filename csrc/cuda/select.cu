@@ -32,7 +32,7 @@ __device__ __forceinline__ void for_each_vector(const Rows& rows, const Place& p
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads<S>) digits(const Rows __grid_constant__ rows, uint32_t prefix, int shift,
+__global__ void __launch_bounds__(kThreads<S>, 1024 / kThreads<S>) digits(const Rows __grid_constant__ rows, uint32_t prefix, int shift,
                                                       int width, unsigned long long* out) {
   __shared__ unsigned bins[1 << kMaxDigit];
   const uint32_t size = 1u << width;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads<S>) digits(const Rows __grid_constant
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads<S>) ties(const Rows __grid_constant__ rows, uint32_t kth, int64_t* out) {
+__global__ void __launch_bounds__(kThreads<S>, 1024 / kThreads<S>) ties(const Rows __grid_constant__ rows, uint32_t kth, int64_t* out) {
   __shared__ int total;
   const Place place(rows);
   if (threadIdx.x == 0) total = 0;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void keep_first(uint32_t* words, int count, int64_t q
 
 // Who goes is settled for the whole block before anything is written: ties go in the order of the elements.
 template <class S>
-__global__ void __launch_bounds__(kThreads<S>) prune_block(const Rows __grid_constant__ rows, uint32_t kth,
+__global__ void __launch_bounds__(kThreads<S>, 1024 / kThreads<S>) prune_block(const Rows __grid_constant__ rows, uint32_t kth,
                                                            const int64_t* quota, bool keep_moments) {
   constexpr int n = kVector<S>, words = int(kBlock) / 32;
   __shared__ uint32_t below[words], tied[words];

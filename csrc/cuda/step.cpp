@@ -70,7 +70,10 @@ struct Launches {  // of one step on one stream
       }
       PrepareRow& row = args.rows[args.tensors++];
       row.tensor = k, row.position = t.position, row.group = groups - 1;
-      for (int c = 0; c < kMaxCounters; ++c) row.counter[c] = t.counter[c].data, row.is_double[c] = t.counter[c].is_double;
+      for (int c = 0; c < kMaxCounters; ++c) {
+        row.counter[c] = t.counter[c].data;
+        row.is_double[c] = t.counter[c].is_double;
+      }
     }
     return k;
   }

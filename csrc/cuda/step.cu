@@ -88,7 +88,8 @@ __device__ __forceinline__ uint32_t step_vector(Vector<typename S::raw, kVector<
       const typename S::raw before = p.get(j), grad = g.get(j);
       typename S::raw after = before, moment[slots];
       for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k].get(j);
-      const bool prune = step_element<Rule, S, true>(after, grad, moment, keep, frozen >> at & 1, was_pruned, stage, rule);
+      const bool prune =
+          step_element<Rule, S, true>(after, grad, moment, keep, frozen >> at & 1, was_pruned, stage, rule);
       pruned |= uint32_t(prune) << at;
       p.set(j, after);
       for (int k = 0; k < Rule::slots; ++k) slot[k].set(j, moment[k]);
@@ -112,8 +113,10 @@ __device__ __forceinline__ void update_average(void* average, int64_t i, int cou
 #pragma unroll 1
   for (int first = 0; first < kVector<S>; first += kUnrolled) {
 #pragma unroll
-    for (int j = 0; j < kUnrolled && j < kVector<S>; ++j)
-      e.set(j, ema_element<E>(e.get(j), S::load(p.get(j)), weight, pruned >> (first + j) & 1, frozen >> (first + j) & 1));
+    for (int j = 0; j < kUnrolled && j < kVector<S>; ++j) {
+      const int bit = first + j;
+      e.set(j, ema_element<E>(e.get(j), S::load(p.get(j)), weight, pruned >> bit & 1, frozen >> bit & 1));
+    }
     turn(e), turn(p);
   }
   write(at, e, count);
@@ -160,14 +163,17 @@ __global__ void __launch_bounds__(kThreads<S>, kResident / kThreads<S>) update(c
     if (!idle) {
       write(static_cast<raw*>(head.p) + i, p, count);
       for (int k = 0; k < Rule::slots; ++k) write(static_cast<raw*>(rows.slot(row, k)) + i, slot[k], count);
-      if (pruned != bits.pruned && rows.masked) atomicOr(&rows.masks(row).pruned[i >> 5], (pruned & ~bits.pruned) << (i & 31));
+      if (pruned != bits.pruned && rows.masked)
+        atomicOr(&rows.masks(row).pruned[i >> 5], (pruned & ~bits.pruned) << (i & 31));
     }
     for (int k = 0; k < rows.averages; ++k) {
       void* average = rows.average(row, k);
       const T weight = scalars.ema_weight[k];
       if (!average || (weight == T(0) && pruned == 0)) continue;
-      if (sizeof(raw) < sizeof(T) && (head.narrow >> k & 1)) update_average<S, S>(average, i, count, p, weight, pruned, frozen);
-      else update_average<S, typename Wide<S>::type>(average, i, count, p, weight, pruned, frozen);
+      if (sizeof(raw) < sizeof(T) && (head.narrow >> k & 1))
+        update_average<S, S>(average, i, count, p, weight, pruned, frozen);
+      else
+        update_average<S, typename Wide<S>::type>(average, i, count, p, weight, pruned, frozen);
     }
   }
   if (statistics.lanes) statistics.store(&a.memory.sums[head.table_block + place.block]);
