@@ -70,6 +70,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	  $(PYTHON) -m venv --system-site-packages $(VENV); \
 	  echo "$$folder" > $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_from_outside.pth; \
 	  sed "s/^torch==.*/torch==$$version/" constraints.txt > $(VENV)/constraints.txt; \
+	  if [ -d "$$folder/triton" ]; then sed -i '/^triton==/d' $(VENV)/constraints.txt; fi; \
 	else \
 	  echo "$(PYTHON) has no torch >= 2.6; installing the one in constraints.txt"; \
 	  $(PYTHON) -m venv $(VENV); \

@@ -231,13 +231,17 @@ def _triton_update(opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     triton_driver.check_device(opt)
     from . import triton_backend, triton_table
 
-    todo = {id(p) for _, p in triton_table.unseen(opt, step) + plan.without_prune_mask(opt, step)}
+    plain = torch._C.DisableTorchFunction  # `run` sets a default device, at a microsecond for each look at a tensor
+    with plain():
+        unseen = triton_table.unseen(opt, step)
+    todo = {id(p) for _, p in unseen + plan.without_prune_mask(opt, step)}
     filling = _fills_placeholders(opt, step)
     stepped = plan.stepped(step)
     wanting = [(gs, p) for gs, p in stepped if id(p) in todo or (filling and plan.fills_placeholder(opt, gs, p))]
     prepared = _prepare(opt, step, wanting)
     plan.add_prune_masks(opt, plan.without_prune_mask(opt, step))
-    triton_backend.run(opt, step, prepared)
+    with plain():
+        triton_backend.run(opt, step, prepared)
     return prepared
 
 

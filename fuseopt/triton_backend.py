@@ -20,7 +20,8 @@ from .triton_table import Launch, Memory, Row, Scalars, launches, rounded
 def launch(kernel, programs: int, p: Tensor, *arguments, **constants) -> None:
     """Run a kernel that streams tensors like p on torch's current stream of its device."""
     with nullcontext() if p.device.type == "cpu" else getattr(torch, p.device.type).device(p.device):
-        kernel[(programs,)](*arguments, **constants, **aot.options(str(p.dtype)))
+        options = aot.options(str(p.dtype), statistics=constants.get("STATISTICS", False))
+        kernel[(programs,)](*arguments, **constants, **options)
 
 
 def triton_type(p: Tensor) -> tl.dtype:
@@ -106,7 +107,8 @@ class Pass:
 
     def run(self) -> None:
         factors = self.clip_factors()
-        sums = self.memory.room("sums", statistics.WIDTH * self.in_sums)
+        asked = self.opt.defaults["statistics"]
+        sums = self.memory.room("sums", statistics.WIDTH * self.in_sums if asked else 1)
         for one in self.launches:
             gaps = [row for row in one.rows if row.copy is not row.p]
             for row in gaps:
@@ -117,8 +119,9 @@ class Pass:
         cpu.increment_version(self.params)
         for counter, value in self.counters:
             counter.fill_(value)
-        if self.opt.defaults["statistics"]:
-            self.opt._statistics = self._statistics(sums)
+        if asked:  # processes add theirs up at once, as one of them alone may ask for the result
+            read = self._statistics(sums)
+            self.opt._statistics = read() if self.shared else read
         self.opt._triton = self.memory
 
     def _launch(self, one: Launch, factors: dict, sums: Tensor) -> None:

@@ -28,8 +28,8 @@ def why_not(device: str | None = None) -> str | None:
 
 
 def check_device(opt) -> None:
-    """Raise ValueError unless the parameters lie where Triton reaches them."""
-    for group in opt.param_groups:
-        for p in group["params"]:
-            if isinstance(p, Tensor) and (why := why_not(p.device.type)):
-                raise ValueError(f"{name_of(opt, p)} is on {p.device}, and backend='triton' was asked for: {why}")
+    """Raise ValueError unless the first parameter lies where Triton reaches it; checks.py sees to the others."""
+    p = next((p for group in opt.param_groups for p in group["params"] if isinstance(p, Tensor)), None)
+    why = None if p is None else why_not(p.device.type)
+    if why:
+        raise ValueError(f"{name_of(opt, p)} is on {p.device}, and backend='triton' was asked for: {why}")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import distributed, plan, schema
 from .checks import in_layout_of
@@ -20,7 +21,7 @@ class Memory:
         self.device = device
         self.uploads: dict[str, tuple[np.ndarray, Tensor]] = {}
         self.rooms: dict[str, Tensor] = {}
-        self.frozen: dict[int, tuple[Tensor, int, bool]] = {}
+        self.frozen = WeakTensorKeyDictionary()  # by mask
         self.seen: dict[Tensor, tuple] = {}  # what `glimpse` and `_averages` said of a parameter, and its row
 
     def upload(self, name: str, values: np.ndarray) -> Tensor:
@@ -44,14 +45,15 @@ class Memory:
         if not state.get("mask_freeze"):
             return False
         bits = state["mask_keep"]
-        known = self.frozen.get(id(bits))
-        if known is None or known[0] is not bits or known[1] != bits._version:
-            known = self.frozen[id(bits)] = bits, bits._version, mask.all_frozen(state)
-        return known[2]
+        known = self.frozen.get(bits)
+        if known is None or known[0] != bits._version:
+            known = self.frozen[bits] = bits._version, mask.all_frozen(state)
+        return known[1]
 
 
 def _view(x: Tensor) -> tuple:
-    return x.data_ptr(), x.dtype, x.shape, x.stride()
+    bits = x.dtype == torch.uint8  # a mask that is written in place may freeze all
+    return x.data_ptr(), x.dtype, x.shape, x.stride(), x._version if bits else 0
 
 
 def glimpse(opt, gs: plan.GroupStep, p: Tensor) -> tuple | None:

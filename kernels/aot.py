@@ -16,19 +16,20 @@ from .step import step
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def warps(dtype: str, size: int) -> int:
+def warps(dtype: str, size: int, statistics: bool = False) -> int:
     """How many warps of `size` threads a program has: so many that each takes 16 bytes of a tile of 1024 elements at
-    once, of fp64 twice. With four fp32 a thread AdamW takes 64 registers, with eight of them 128."""
-    return (128 if dtype.endswith("16") else 256) // size
+    once, of fp64 twice. With four fp32 a thread AdamW takes 64 registers, with eight of them 128; statistics of eight
+    would not fit."""
+    return (128 if dtype.endswith("16") and not statistics else 256) // size
 
 
-def options(dtype: str, size: int | None = None) -> dict:
+def options(dtype: str, size: int | None = None, statistics: bool = False) -> dict:
     """Of a launch or a compilation. Products and sums are not fused: the kernels say where they want an fma."""
     if size is None and triton.knobs.runtime.interpret:
         size = 32
     elif size is None:
         size = triton.runtime.driver.active.get_current_target().warp_size
-    return {"num_warps": warps(dtype, size), "enable_fp_fusion": False}
+    return {"num_warps": warps(dtype, size, statistics), "enable_fp_fusion": False}
 
 
 def build(
@@ -43,4 +44,4 @@ def build(
     constants = {"update": RULES[rule].update, "SLOTS": RULES[rule].slots, "AVERAGES": averages, "NARROW": narrow}
     constants |= {"MASKED": masked, "STATISTICS": statistics, "DTYPE": getattr(tl, dtype)}
     source = triton.compiler.ASTSource(step, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
-    return triton.compile(source, target=target, options=options(dtype, target.warp_size))
+    return triton.compile(source, target=target, options=options(dtype, target.warp_size, statistics))

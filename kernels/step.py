@@ -44,7 +44,7 @@ def masks(row, at):
 
 @triton.jit
 def gather_statistics(lanes, g, before, after, keep, pruned, live, s):
-    """Stage 12: lane sums of squares (gradient, weight, change) and counts (zeros, not finite)."""
+    """Stage 12: lane sums of squares (gradient, weight, change) and two counts (zeros, not finite)."""
     T = s[0].dtype
     if keep is not None:
         keep = keep & ~pruned
@@ -54,7 +54,8 @@ def gather_statistics(lanes, g, before, after, keep, pruned, live, s):
     if live is not None:
         zero, nonfinite = zero & live, nonfinite & live
     sums = lanes[0] + square(x), lanes[1] + square(w), lanes[2] + square(w - before.to(T).to(tl.float64))
-    return sums[0], sums[1], sums[2], lanes[3] + zero.to(tl.int32), lanes[4] + nonfinite.to(tl.int32)
+    counts = lanes[3] + tl.sum(zero.to(tl.int32)), lanes[4] + tl.sum(nonfinite.to(tl.int32))
+    return sums[0], sums[1], sums[2], counts[0], counts[1]
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def step(
     weights = [tl.load(own + WEIGHTS + c) for c in (0, 1, 2, 3, 4, 5, 6, 7)[:AVERAGES]]
     lanes = ()
     if STATISTICS:
-        zeros, none = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.int32)
+        zeros, none = tl.zeros([TILE], tl.float64), tl.zeros([], tl.int32)
         lanes = (zeros, zeros, zeros, none, none)
     for t in range(0, whole):
         at = begin + t * TILE
@@ -121,5 +122,7 @@ def step(
         lanes = step_tile(lanes, update, row, at, live, s, r, weights, SLOTS, AVERAGES, NARROW, MASKED, DTYPE)
     if STATISTICS:
         place = sums + column(row, IN_SUMS) + number
-        for c in tl.static_range(5):
-            tl.store(place + c * blocks, add_lanes(lanes[c]).to(tl.float64))
+        for c in tl.static_range(3):
+            tl.store(place + c * blocks, add_lanes(lanes[c]))
+        for c in tl.static_range(3, 5):
+            tl.store(place + c * blocks, lanes[c].to(tl.float64))

@@ -5,8 +5,6 @@ are few; what does not touch kernels is tested through `backend` elsewhere.
 """
 
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -116,7 +114,9 @@ def test_masks_of_every_period(shape, native):
         assert_same_state(ours, cpus)
 
 
-@pytest.mark.parametrize("kind", ("gaps", "gaps-shared", "twice", "views", "transposed", "two-dtypes", "no-gradient"))
+@pytest.mark.parametrize(
+    "kind", ("gaps", "gaps-shared", "twice", "views", "transposed", "two-dtypes", "no-gradient", "all-frozen")
+)
 def test_tensors_of_every_kind(kind, native):
     """Gaps in memory, memory that is shared, other orders of dimensions."""
 
@@ -130,10 +130,11 @@ def test_tensors_of_every_kind(kind, native):
             "transposed": lambda: [memory.t()],
             "two-dtypes": lambda: [memory, memory.double()],
             "no-gradient": lambda: [memory[:3], memory[3:]],
+            "all-frozen": lambda: [memory[0], memory[1:]],
         }[kind]()
         params = [Parameter(x) for x in params]
         opt = fuseopt.AdamW(params, max_grad_norm=0.5, ema=EMA(0.9), prune=Prune(0.5, begin=2), backend=backend)
-        opt.mask(params[0], element_mask(params[0]))
+        opt.mask(params[0], torch.tensor(False) if kind == "all-frozen" else element_mask(params[0]))
         for t in range(1, 4):
             set_gradients(params, t)
             if kind == "no-gradient":
@@ -197,44 +198,3 @@ def test_nothing_is_refused_late():
     finally:
         triton_driver.why_not = why_not
     assert_same_bits(p, before)
-
-
-# ---- what the compiler makes of them, in a process that has not interpreted ------------------------------
-
-COMPILED = """
-import torch, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
-from triton.runtime.jit import create_function_from_signature
-from fuseopt.kernels import aot, rules, select, step
-
-def variants(kernel, calls):
-    bind = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 90, 32)))
-    return len({str(bind(*call, **aot.options("float32", 32))[1]) for call in calls})
-
-x, y = torch.zeros(9, dtype=torch.int64), torch.zeros(9)
-z, constants = y.double(), (rules.RULES["adam"].update, 2, 0, 0, False, False, tl.float32)
-calls = [(x[k:], n, y[k:], y[k:], z[k:], m, *constants) for k in (0, 1, 2) for n in (1, 16, 17) for m in (1, 16, 5)]
-assert variants(step.step, calls) == 1, "a launch's values are compiled in"
-calls = [(x[k:], n, x[k:], a, b, c, tl.float32) for k in (0, 1) for n in (1, 16) for a in (0, 1, 16) for b, c in ((0, 15), (15, 16))]
-assert variants(select.histogram, calls) == 1, "a digit is compiled in"
-"""
-
-
-def test_values_are_not_compiled_in():
-    """Another number of tensors, learning rate, digit or address makes no new variant of a kernel."""
-    _compiled(COMPILED)
-
-
-def _compiled(script: str) -> str:
-    """What a script prints that runs without the interpreter."""
-    import os
-
-    paths = [os.path.dirname(fuseopt.__path__[0]), *sys.path]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": os.pathsep.join(paths)
-    }
-    start = f"import fuseopt; fuseopt.__path__[:] = {list(fuseopt.__path__)!r}\n"
-    done = subprocess.run([sys.executable, "-c", start + script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
