@@ -54,14 +54,16 @@ def build() -> Iterator[dict]:
 
 
 def tests() -> Iterator[dict]:
-    """tests/test_gpu.py, on the GPU itself."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "tests/test_gpu.py"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    yield {"result": lines[-1] if lines else done.stderr[-500:]}
-    yield from ({"result": line} for line in lines if line.startswith(("FAILED", "ERROR")))
-    if done.returncode:
-        raise RuntimeError(f"pytest ended with {done.returncode}")
+    """tests/test_gpu.py, on the GPU itself: what failed, then pytest's last line."""
+    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=line", "tests/test_gpu.py"]
+    process, last = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), ""
+    for line in process.stdout:
+        last = line.strip() or last
+        if " FAILED" in line or " ERROR" in line or line.startswith("E  "):
+            yield {"result": last}
+    yield {"result": last}
+    if process.wait():
+        raise RuntimeError(f"pytest ended with {process.returncode}")
 
 
 def sanitizer() -> Iterator[dict]:

@@ -28,11 +28,12 @@ from fuseopt import EMA, Prune
 
 DEVICE = os.environ.get("FUSEOPT_TEST_DEVICE", "cpu")
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU; FUSEOPT_TEST_DEVICE is not set")
-backends = pytest.mark.parametrize("backend", ("cuda", "triton"))
+# Not "backend", of which conftest.py leaves most out for Triton.
+backends = pytest.mark.parametrize("name", ("cuda", "triton"))
 SHAPES = [(), (0, 3), (33, 31), (4099,), (5, 2, 2, 3), (200, 200)]
 FULL = {"max_grad_norm": 0.7, "l1": 0.01, "ema": EMA(0.5), "prune": Prune(threshold=0.01), "statistics": True}
 
-# (backend, rule, stage, dtype). Triton compiles a kernel for each, which takes a second.
+# (backend, rule, stage, dtype); Triton compiles a kernel for each, which takes a second.
 CASES = [("cuda", rule, stage, dtype) for rule in ONE_EACH for stage in STAGES for dtype in DTYPES]
 CASES += [("triton", BY_NAME["adamw-amsgrad-maximize"], stage, dtype) for stage in STAGES for dtype in (F32, BF16)]
 CASES += [("triton", rule, STAGE["everything"], F32) for rule in ONE_EACH[1:]]
@@ -44,9 +45,9 @@ def on_device(params) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(p.detach().to(DEVICE, copy=True)) for p in params]
 
 
-def full(backend, params, **more):
+def full(name, params, **more):
     """AdamW with every stage, masks included."""
-    opt = fuseopt.AdamW(params, lr=0.01, backend=backend, **FULL, **more)
+    opt = fuseopt.AdamW(params, lr=0.01, backend=name, **FULL, **more)
     for k, p in enumerate(params):
         opt.mask(p, torch.rand(p.shape, generator=torch.Generator().manual_seed(k)).to(p.device) > 0.3)
     return opt
@@ -55,13 +56,13 @@ def full(backend, params, **more):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(ident, case)))
 def test_equals_the_cpu_bit_for_bit(case):
     """Three steps, saved and loaded after the first."""
-    backend, rule, stage, dtype = case
+    name, rule, stage, dtype = case
     cpus = parameters(SHAPES, dtype)
     ours = on_device(cpus)
     expected = run(stage.build(rule, cpus, dtype, backend="cpu"), cpus)
-    first = run(stage.build(rule, ours, dtype, backend=backend), ours, 1)
+    first = run(stage.build(rule, ours, dtype, backend=name), ours, 1)
     copies = like(ours)
-    second = stage.build(rule, copies, dtype, backend=backend)
+    second = stage.build(rule, copies, dtype, backend=name)
     second.load_state_dict(first.state_dict())
     run(second, copies, 2, 2)
     assert_same_state(second, expected)
@@ -70,10 +71,10 @@ def test_equals_the_cpu_bit_for_bit(case):
 
 
 @backends
-def test_lr_is_read_where_it_lies(backend):
+def test_lr_is_read_where_it_lies(name):
     lr = torch.tensor(0.01, device=DEVICE)
     ours, cpus = on_device(parameters(SHAPES)), parameters(SHAPES)
-    opt, expected = (fuseopt.AdamW(x, lr=rate, backend=b) for x, rate, b in ((ours, lr, backend), (cpus, 0.01, "cpu")))
+    opt, expected = (fuseopt.AdamW(x, lr=rate, backend=b) for x, rate, b in ((ours, lr, name), (cpus, 0.01, "cpu")))
     run(opt, ours, 1), run(expected, cpus, 1)
     lr.fill_(0.5)
     expected.param_groups[0]["lr"] = float(lr)
@@ -82,9 +83,9 @@ def test_lr_is_read_where_it_lies(backend):
 
 
 @backends
-def test_a_scaler_skips_what_overflowed(backend):
+def test_a_scaler_skips_what_overflowed(name):
     ours, copies = on_device(parameters(SHAPES)), on_device(parameters(SHAPES))
-    opt, expected = (full(backend, x) for x in (ours, copies))
+    opt, expected = (full(name, x) for x in (ours, copies))
     for t, infinite in ((1, True), (2, False), (3, True), (4, False)):
         set_gradients(ours, t, 8.0)
         set_gradients(copies, t)
@@ -125,10 +126,10 @@ def test_a_graph_replays_the_same_bits():
 
 @gpu
 @backends
-def test_a_steady_step_waits_for_nothing(backend):
+def test_a_steady_step_waits_for_nothing(name):
     ours = on_device(parameters(SHAPES))
-    opt = run(full(backend, ours), ours)
-    if backend == "cuda":  # Triton's side asks for found_inf
+    opt = run(full(name, ours), ours)
+    if name == "cuda":  # Triton's side asks for found_inf
         opt.grad_scale, opt.found_inf = (torch.tensor(x, device=DEVICE) for x in (1.0, 0.0))
     opt.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -150,21 +151,21 @@ def test_a_steady_step_allocates_nothing():
 
 @gpu
 @backends
-def test_on_another_stream(backend):
+def test_on_another_stream(name):
     ours, cpus = on_device(parameters(SHAPES)), parameters(SHAPES)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        opt = run(fuseopt.AdamW(ours, backend=backend), ours)
+        opt = run(fuseopt.AdamW(ours, backend=name), ours)
     stream.synchronize()
     assert_same_state(opt, run(fuseopt.AdamW(cpus, backend="cpu"), cpus))
 
 
 @gpu
 @backends
-def test_more_than_2_to_the_31_elements(backend):
+def test_more_than_2_to_the_31_elements(name):
     n = 2**31 + 4099
     p = torch.nn.Parameter(torch.ones(n, dtype=BF16, device=DEVICE))
     p.grad = torch.ones_like(p)
-    fuseopt.SGD([p], lr=0.5, backend=backend).step()
+    fuseopt.SGD([p], lr=0.5, backend=name).step()
     assert all(bool((part == 0.5).all()) for part in p.detach().split(2**28))
