@@ -1,5 +1,6 @@
 """Sections of gpu_check.py that compare bits and count launches. Each yields rows, a dict a line of its table."""
 
+import statistics
 from collections.abc import Iterator
 
 import gpu_place as place
@@ -56,6 +57,7 @@ EMA_AT, RULE_SCALARS = 17, 6  # places in csrc/cuda/args.h TensorScalars, in dou
 def scalars() -> Iterator[dict]:
     """Scalars formed on the device against the host's, rounded to fp32, for t = 1 to 20,000. Reported, not judged."""
     from fuseopt.kernels import rules
+
     from fuseopt.stages import ema
 
     steps = 20_000 if not DRY else 30
@@ -115,9 +117,9 @@ def host() -> Iterator[dict]:
             steps[name] = make(params).step
             steps[name]()
         samples = place.alternated(steps, 2.0 if not DRY else 0.01, place.host_seconds, least=3)
-        least = place.median(samples["torch fused"])
+        least = statistics.median(samples["torch fused"])
         for name, step in steps.items():
-            us = place.median(samples[name])
+            us = statistics.median(samples[name])
             row = {"tensors": count, "optimizer": name, "us": f"{1e6 * us:.1f}", "of torch fused": f"{us / least:.3f}"}
             yield row | {"launches": launches(step)}
 

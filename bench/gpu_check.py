@@ -56,10 +56,12 @@ def build() -> Iterator[dict]:
 def tests() -> Iterator[dict]:
     """tests/test_gpu.py, on the GPU itself: what failed, then pytest's last line."""
     words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=line", "tests/test_gpu.py"]
-    process, last = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), ""
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    last, shown = "", 0
     for line in process.stdout:
         last = line.strip() or last
-        if " FAILED" in line or " ERROR" in line or line.startswith("E  "):
+        if (" FAILED" in line or " ERROR" in line) and shown < 30:
+            shown += 1
             yield {"result": last}
     yield {"result": last}
     if process.wait():
@@ -128,7 +130,6 @@ def run_section(name: str, limit: float, dry: bool, folder: Path) -> dict:
 
 def machine(args: argparse.Namespace) -> dict:
     """What was checked, and where."""
-    import step
     import torch
 
     smi = shutil.which("nvidia-smi")
@@ -146,7 +147,7 @@ def machine(args: argparse.Namespace) -> dict:
         "torch": torch.__version__, "CUDA of torch": torch.version.cuda, "triton": version,
         "nvcc": (re.findall(r"release [\d.]+", output("nvcc", "--version")) or ["not found"])[0],
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": args.commit or step.git("describe", "--always", "--dirty") or "unknown",
+        "commit": args.commit or output("git", "-C", str(ROOT), "describe", "--always", "--dirty").strip() or "unknown",
         "command": shlex.join(["python", "bench/gpu_check.py", *sys.argv[1:]]),
     }  # fmt: skip
 
@@ -203,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
             else {"rows": [], "seconds": 0, "error": "no time was left"}
         )
         result["sections"][one] = rows
-        print(f"{one}: {rows['error'] or 'done'} ({len(rows['rows'])} rows, {rows['seconds']} s)", flush=True)
+        said = (rows["error"] or "done").strip().splitlines()[-1]
+        print(f"{one}: {said} ({len(rows['rows'])} rows, {rows['seconds']} s)", flush=True)
         write(result, args.out, name)
     print(markdown(result) + f"\nwritten: {args.out / name}.json, .md")
     return 1 if any(s["error"] for s in result["sections"].values()) else 0

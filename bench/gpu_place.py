@@ -1,7 +1,6 @@
 """Where the sections of gpu_check.py run: the GPU, or in a dry run the tests' stand-ins on the CPU."""
 
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -14,14 +13,14 @@ if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
     sys.modules["fuseopt._CUDA"] = None  # the emulated module takes its place
 
-import torch
+import torch  # noqa: E402
 
-import fuseopt
+import fuseopt  # noqa: E402
 
 if str(ROOT) not in fuseopt.__path__:
     fuseopt.__path__.append(str(ROOT))  # kernels/ lies beside fuseopt/
-import cases
-import emulated
+import cases  # noqa: E402, F401  also for those that import this
+import emulated  # noqa: E402
 
 if DRY:
     import interpreter
@@ -83,10 +82,3 @@ def alternated(
         if time.perf_counter() - start > 4 * limit and len(samples[order[0]]) > 1:
             break
     return samples
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
-
-
-__all__ = ["BACKENDS", "DEVICE", "DRY", "alternated", "cases", "host_seconds", "median", "seconds", "wait"]

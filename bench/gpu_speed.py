@@ -1,6 +1,7 @@
 """Sections of gpu_check.py that time: a plain step beside a copy, the whole pass beside torch's recipes."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ def timed(case: GpuCase, makers: list[Callable], limit: float) -> Iterator[dict]
         row = {"case": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "variant": v.name}
         row |= {"time": duration(time["median"]), "quartiles": f"{duration(time['low'])} .. {duration(time['high'])}"}
         row |= {"x first": f"{ratio['median']:.2f}", "GB/s": f"{v.bytes() / time['median'] / 1e9:.0f}"}
-        yield row | {"of copy": f"{share['median']:.1%}", "copy GB/s": f"{1e-9 / place.median(per_byte):.0f}"}
+        yield row | {"of copy": f"{share['median']:.1%}", "copy GB/s": f"{1e-9 / statistics.median(per_byte):.0f}"}
     for row in untimed:
         yield {"case": case.shape, "variant": row["name"], "time": f"not timed: {row['problem']}"}
 
