@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"
-    sys.modules["fuseopt._CUDA"] = None  # the emulated module takes its place
+    sys.modules["fuseopt._CUDA"] = None  # pybind11 would hand out the real module in place of the emulated
 
 import torch  # noqa: E402
 

@@ -4,7 +4,7 @@ import os
 import sys
 
 if not os.environ.get("FUSEOPT_TEST_DEVICE"):
-    sys.modules["fuseopt._CUDA"] = None  # beside the real module the emulated one (emulated.py) would run its code
+    sys.modules["fuseopt._CUDA"] = None  # pybind11 would hand out the real module in place of the emulated
     os.environ["TRITON_INTERPRET"] = "1"  # before triton, which the construction of any torch optimizer imports
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a shared machine
 
