@@ -22,7 +22,7 @@ class Oracle:
     def __init__(self, case: Case, data: Data, freezes: bool):
         names = {"sgd": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}[case.rule]
         names = ["parameters", *names, *(["EMA"] if case.full else [])]
-        self.results = {name: torch.empty(case.elements, dtype=torch.float64) for name in names}
+        self.results = {name: torch.empty_like(data.start, dtype=torch.float64) for name in names}
         clips = [_clip(data, g) if case.full else 1.0 for g in gradients(data, slice(None))]
         for k in range(0, case.elements, CHUNK):
             part = slice(k, k + CHUNK)

@@ -108,7 +108,7 @@ def allocated(variant: Variant) -> int:
 def run_case(case: Case, settings: Settings) -> dict:
     """Verify and time the variants of a case; a result that json can write (see report.py)."""
     data = Data(case)
-    ready, untimed = _verified(case, data)
+    ready, untimed = verified(case, data, makers(case, data))
     extra = {v.name: {"allocated_bytes": allocated(v)} for v in ready}
     bandwidth = Bandwidth(settings.bandwidth_elements) if case.elements >= SHARE_FROM else None
     others = Others()
@@ -135,13 +135,13 @@ def run_case(case: Case, settings: Settings) -> dict:
     }
 
 
-def _verified(case: Case, data: Data) -> tuple[list[Variant], list[dict]]:
+def verified(case: Case, data: Data, makers: list[Callable]) -> tuple[list[Variant], list[dict]]:
     """(variants whose first steps are right, ready for more; a row for each that is not timed).
 
     Without the first there is nothing to relate times to, so then none is timed.
     """
     ready, untimed, oracles = [], [], {}
-    for k, make in enumerate(makers(case, data)):
+    for k, make in enumerate(makers):
         variant = make()
         if variant.freezes not in oracles:
             oracles[variant.freezes] = check.Oracle(case, data, variant.freezes)

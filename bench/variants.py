@@ -53,6 +53,7 @@ class Case:
     rule: str = field(init=False)
     dtype: torch.dtype = field(init=False)
     full: bool = field(init=False)
+    device = "cpu"
 
     def __post_init__(self):
         self.rule, self.dtype, self.full = CASES[self.name]
@@ -74,17 +75,19 @@ class Data:
     """
 
     def __init__(self, case: Case):
-        n, random = case.elements, torch.Generator().manual_seed(0)
+        n, there = case.elements, {"device": case.device}
+        there["generator"] = torch.Generator(case.device).manual_seed(0)
 
         def signed(low: float, high: float) -> Tensor:
-            sign = torch.randint(0, 2, (n,), generator=random).mul_(2).sub_(1)
-            return torch.rand(n, generator=random).mul_(high - low).add_(low).mul_(sign).to(case.dtype)
+            sign = torch.randint(0, 2, (n,), **there).mul_(2).sub_(1)
+            return torch.rand(n, **there).mul_(high - low).add_(low).mul_(sign).to(case.dtype)
 
         self.shapes = case.shapes
         self.start, self.gradient = signed(0.02, 0.06), signed(0.005, 0.015)
-        self.pruned, self.keep = torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool)
+        self.pruned = torch.zeros(n, dtype=torch.bool, device=case.device)
+        self.keep = ~self.pruned
         if case.full:
-            order, pruned = torch.randperm(n, generator=random), round(SPARSITY * n)
+            order, pruned = torch.randperm(n, **there), round(SPARSITY * n)
             self.pruned[order[:pruned]] = True
             self.keep[order[pruned : pruned + round(MASKED * n)]] = False
             self.start[self.pruned] = 0
@@ -152,13 +155,15 @@ def _torch_optimizer(case: Case, params: list, flavour: str) -> torch.optim.Opti
     return kind(params, **_arguments(case), **FLAGS[flavour])
 
 
-def fused_pass(case: Case, data: Data, mode: str | None = None) -> Variant:
-    """fuseopt; in a full case with masks of this mode."""
+def fused_pass(case: Case, data: Data, mode: str | None = None, backend: str | None = None) -> Variant:
+    """fuseopt, on a backend if one is named; in a full case with masks of this mode."""
     params, stages = data.parameters(), {}
     if case.full:
         ema, prune = fuseopt.EMA(EMA_DECAY), fuseopt.Prune(SPARSITY)
         stages = {"max_grad_norm": data.max_grad_norm, "ema": ema, "prune": prune}
-    opt = {"adamw": fuseopt.AdamW, "sgd": fuseopt.SGD}[case.rule](params, **_arguments(case), **stages)
+    opt = {"adamw": fuseopt.AdamW, "sgd": fuseopt.SGD}[case.rule](
+        params, **_arguments(case), **stages, backend=backend
+    )
     if case.full:
         for p, keep in zip(params, data.split(data.keep), strict=True):
             opt.mask(p, keep, mode=mode)
@@ -166,7 +171,7 @@ def fused_pass(case: Case, data: Data, mode: str | None = None) -> Variant:
     def averages() -> list[Tensor]:
         return [opt.state[p]["ema_0"] for p in params] if case.full else []
 
-    name = f'fuseopt, mask mode "{mode}"' if mode else "fuseopt"
+    name = ", ".join(filter(None, ("fuseopt", backend, mode and f'mask mode "{mode}"')))
     count = "as opt.explain() counts them"
 
     def moved() -> float:

@@ -16,6 +16,8 @@ from .triton_table import Launch, Memory, Row
 class Ranker:
     """select.Ranker. The kernels take ties in the order of memory, as cpu.Ranker does and with the same exception."""
 
+    widths = [16, 15]
+
     def __init__(self, opt, members: select.Members):
         self.opt, self.members = opt, members
         self.device = distributed.local(members[0][1]).device

@@ -188,7 +188,7 @@ def like(params, dtype=None) -> list[Parameter]:
 def gradient(p: Tensor, k: int, t: int) -> Tensor:
     """The gradient of parameter k at step t: the same values whatever the strides of p."""
     generator = torch.Generator().manual_seed(1000 * t + k)
-    return torch.randn(p.shape, generator=generator).to(p.dtype)
+    return torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
 
 
 def set_gradients(params, t: int, scale: float = 1.0) -> None:
@@ -206,13 +206,13 @@ def run(opt, params, steps=STEPS, first=1, scale: float = 1.0):
 
 def element_mask(p: Tensor, k: int = 0) -> Tensor:
     """Keeps about two thirds of the entries, at random."""
-    return torch.rand(p.shape, generator=torch.Generator().manual_seed(77 + k)) > 0.35
+    return (torch.rand(p.shape, generator=torch.Generator().manual_seed(77 + k)) > 0.35).to(p.device)
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bits of x as integers, in row-major order."""
+    """The bits of x as integers, in row-major order, on the CPU."""
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return x.detach().contiguous().view(kind)
+    return x.detach().cpu().contiguous().view(kind)
 
 
 def assert_same_bits(a: Tensor, b: Tensor, what: str = "") -> None:

@@ -3,7 +3,8 @@
 import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton, which the construction of any torch optimizer imports
+if not os.environ.get("FUSEOPT_TEST_DEVICE"):
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton, which the construction of any torch optimizer imports
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a shared machine
 
 import pytest
@@ -16,7 +17,7 @@ from fuseopt import cpu, torch_abi, torch_layout, triton_driver
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.join(ROOT, "fuseopt") in fuseopt.__path__:  # not installed: kernels/ lies beside fuseopt/
     fuseopt.__path__.append(ROOT)
-if triton_driver.why_not() is None:
+if triton_driver.why_not() is None and os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.mend()

@@ -17,23 +17,20 @@ inline int threads_of(int storage) { return int(kLanes * element_size(storage)) 
 // n elements. They are held as words: an element of 16 bits of its own would take a whole register.
 template <class raw, int n>
 struct alignas(16) Vector {
-  uint32_t word[n * sizeof(raw) / 4];
+  using Word = std::conditional_t<sizeof(raw) == 8, uint64_t, uint32_t>;
+  Word word[n * sizeof(raw) / sizeof(Word)];
 
   __device__ __forceinline__ raw get(int j) const {
     if constexpr (sizeof(raw) == 2) return raw(word[j / 2] >> (j % 2 * 16));
-    else if constexpr (sizeof(raw) == 4) return bit_cast<raw>(word[j]);
-    else return bit_cast<raw>(uint64_t(word[2 * j + 1]) << 32 | word[2 * j]);
+    else return bit_cast<raw>(word[j]);
   }
 
   __device__ __forceinline__ void set(int j, raw x) {
     if constexpr (sizeof(raw) == 2) {
       const int shift = j % 2 * 16;
       word[j / 2] = (word[j / 2] & ~(0xffffu << shift)) | uint32_t(x) << shift;
-    } else if constexpr (sizeof(raw) == 4) {
-      word[j] = bit_cast<uint32_t>(x);
     } else {
-      const uint64_t bits = bit_cast<uint64_t>(x);
-      word[2 * j] = uint32_t(bits), word[2 * j + 1] = uint32_t(bits >> 32);
+      word[j] = bit_cast<Word>(x);
     }
   }
 };

@@ -1,0 +1,255 @@
+"""Reads the machine code of the GPU kernels, without a GPU: registers, spills, and how wide they read and write.
+
+    python bench/machine_code.py                     a table of all kernels; exit status 1 if one is not as it must be
+    python bench/machine_code.py --only triton       or cuda: nothing of the other is compiled or read
+    python bench/machine_code.py --root FOLDER       another checkout's csrc/ and kernels/
+
+The CUDA kernels are those of the built fuseopt._CUDA; where there is none, nvcc compiles step.cu alone. Triton's update
+is compiled ahead of time, for AMD too; triton keeps that under build/. Its package brings the disassembler.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = (80, 90, 100)
+DTYPES = {"F32": "float32", "F64": "float64", "BF16": "bfloat16", "F16": "float16"}
+
+# Of a thread, by dtype; 64 in all other kernels. A block may take 32,768 registers, 64 for each of 512 threads, so that
+# two fit a multiprocessor. fp32 has 256 threads, 16 bits 128. fp64 has 512, by Triton 256, and takes up to twice that.
+REGISTERS = {
+    "update": {"float32": 80, "float64": 128, "bfloat16": 96, "float16": 96},
+    "step": {"float32": 80, "float64": 168, "bfloat16": 224, "float16": 224},
+}
+STREAMING = ("update", "step", "squares")  # the passes over memory: no stack, whole vectors
+
+
+@dataclass
+class Kernel:
+    """One kernel's machine code. loads and stores: instructions on global memory; wide_*: those of 16 bytes."""
+
+    source: str
+    name: str
+    target: str
+    registers: int
+    stack: int  # bytes
+    spills: int  # instructions on local memory; for AMD spilled registers
+    wide_loads: int
+    loads: int
+    wide_stores: int
+    stores: int
+    least_loads: int  # of 16 bytes
+    least_stores: int
+
+    def problems(self) -> list[str]:
+        """What is not as it must be."""
+        kind, *words = self.name.split()
+        most, out = REGISTERS[kind][words[1]] if kind in REGISTERS else 64, []
+        if kind in STREAMING and self.stack:
+            out.append(f"{self.stack} bytes of stack")
+        if kind in STREAMING and self.spills:
+            out.append(f"{self.spills} spills")
+        if self.registers > most:
+            out.append(f"{self.registers} registers, more than {most}")
+        if self.wide_loads < self.least_loads:
+            out.append(f"{self.wide_loads} loads of 16 bytes, not {self.least_loads}")
+        if self.wide_stores < self.least_stores:
+            out.append(f"{self.wide_stores} stores of 16 bytes, not {self.least_stores}")
+        return out
+
+
+def vectors(slots: int, dtype: str, averages: int) -> tuple[int, int]:
+    """(loads, stores) of 16 bytes on the main path of an update: each stream has its own, fp32 beside 16 bits two."""
+    ema = averages * (2 if dtype.endswith("16") else 1)
+    return 2 + slots + ema, 1 + slots + ema
+
+
+def expected(least) -> dict[str, int]:
+    return dict(zip(("least_loads", "least_stores"), least, strict=True))
+
+
+# ---- NVIDIA's --------------------------------------------------------------------------------------------
+
+
+def tool(name: str) -> str:
+    """A disassembler of triton's package."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        raise SystemExit("machine_code: the package triton is missing, which brings cuobjdump; pip install triton")
+    return str(Path(spec.origin).parent / "backends/nvidia/bin" / name)
+
+
+def run(*words) -> str:
+    return subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True).stdout
+
+
+def accesses(sass: str) -> dict[str, int]:
+    """The instructions of a kernel that reach memory."""
+    loads, stores = (re.findall(rf"\b{word}(?:\.\w+)*", sass) for word in ("LDG", "STG"))
+    wide = [sum(".128" in x for x in found) for found in (loads, stores)]
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    counts = {"wide_loads": wide[0], "loads": len(loads), "wide_stores": wide[1], "stores": len(stores)}
+    return counts | {"spills": spills}
+
+
+def dumped(path: Path, arch: int) -> list[tuple[str, dict]]:
+    """(name as C++ says it, registers, stack and accesses) of each kernel of a file for an architecture."""
+    only = [] if path.suffix == ".cubin" else ["-arch", f"sm_{arch}"]
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", run(tool("cuobjdump"), "-res-usage", *only, path))
+    parts = re.split(r"Function : (\S+)\n", run(tool("cuobjdump"), "-sass", *only, path))
+    code = dict(zip(parts[1::2], parts[2::2], strict=True))
+    plain = run("c++filt", *(name for name, *_ in usage)).splitlines() if usage else []
+    return [
+        (said, {"registers": int(registers), "stack": int(stack), **accesses(code[name])})
+        for said, (name, registers, stack) in zip(plain, usage, strict=True)
+    ]
+
+
+def slots_by_struct(root: Path) -> dict[str, int]:
+    """How many moments each struct of csrc/rules.h has."""
+    text = (root / "csrc/rules.h").read_text()
+    found = {n: int(k) for n, k in re.findall(r"struct (\w+) \{\n  static constexpr int slots = (\d+);", text)}
+    for name, flag, yes, no in re.findall(
+        r"struct (\w+) \{\n  static constexpr int slots = (\w+) \? (\d+) : (\d+);", text
+    ):
+        found |= {f"{name}<true>": int(yes), f"{name}<false>": int(no)}
+    return found
+
+
+def cuda_kernels(root: Path, archs: list[int]) -> tuple[list[Kernel], str]:
+    """The kernels of fuseopt._CUDA, and what it is."""
+    slots = slots_by_struct(root)
+    module = next((root / "fuseopt").glob("_CUDA*.so"), None)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        paths = [module or Path(folder) / f"step.sm_{arch}.cubin" for arch in archs]
+        note = f"{module.stat().st_size:,} bytes" if module else compiled(root, archs, paths, pool)
+        found = list(pool.map(dumped, paths, archs))
+    kernels = []
+    for arch, (said, facts) in ((a, one) for a, each in zip(archs, found, strict=True) for one in each):
+        match = re.search(r"::(\w+)(?:<(.*)>)?\((?!anonymous)", said.replace("fuseopt::", ""))
+        name, words = match[1], (match[2] or "").split(", ")
+        dtype, least = DTYPES.get(words[-1], ""), (0, 0)
+        if name == "update":
+            least = vectors(slots[words[0]], dtype, 1)
+        elif name == "squares":
+            least = 1, 0
+        label = " ".join(filter(None, (name, words[0] if name == "update" else "", dtype)))
+        kernels.append(Kernel("cuda", label, f"sm_{arch}", **facts, **expected(least)))
+    return kernels, f"fuseopt._CUDA: {note}"
+
+
+def compiled(root: Path, archs: list[int], paths: list[Path], pool: ThreadPoolExecutor) -> str:
+    """Compiles step.cu; how long that took."""
+    flags = re.search(r'NVCCFLAGS = shlex.split\(\s*"(.*)"', (root / "setup.py").read_text())[1]
+    nvcc, start = os.environ.get("NVCC") or "nvcc", time.perf_counter()
+
+    def compile_for(arch: int, path: Path) -> None:
+        run(nvcc, *flags.split(), "-cubin", f"-arch=sm_{arch}", "-o", path, root / "csrc/cuda/step.cu")
+
+    list(pool.map(compile_for, archs, paths))
+    return f"not built; nvcc took {time.perf_counter() - start:.0f} s for step.cu"
+
+
+# ---- Triton's --------------------------------------------------------------------------------------------
+
+
+def triton_kernels(root: Path, archs: list[int]) -> list[Kernel]:
+    """Triton's update by Adam with an average in every dtype, and by every rule in fp32; for NVIDIA and AMD."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
+    sys.path.insert(0, str(root))
+    from triton.backends.compiler import GPUTarget
+
+    from kernels import aot, rules
+
+    targets = [GPUTarget("cuda", arch, 32) for arch in archs] + [GPUTarget("hip", "gfx942", 64)]
+    cases = [("adam", dtype, 1) for dtype in DTYPES.values()] + [(rule, "float32", 0) for rule in rules.RULES]
+    kernels = []
+    for target, (rule, dtype, averages) in itertools.product(targets, cases):
+        asm = aot.build(rule, dtype, target, averages=averages).asm
+        amd = target.backend == "hip"
+        facts = of_amd(asm["amdgcn"]) if amd else of_cubin(asm["cubin"], target.arch)
+        twice = 2 if dtype == "float64" else 1  # a thread has four elements
+        least = [twice * k for k in vectors(rules.RULES[rule].slots, dtype, averages)]
+        name = f"step {rule} {dtype}" + " + average" * averages
+        kernels.append(Kernel("triton", name, target.arch if amd else f"sm_{target.arch}", **facts, **expected(least)))
+    return kernels
+
+
+def of_cubin(code: bytes, arch: int) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        ((_, facts),) = dumped(Path(file.name), arch)
+    return facts
+
+
+def of_amd(text: str) -> dict[str, int]:
+    """The same facts from AMD's assembly; scalar loads, of the table, do not count."""
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+
+    loads, stores = (re.findall(rf"\b(?:global|flat|buffer)_{word}_\w+", text) for word in ("load", "store"))
+    wide = [sum("dwordx4" in x for x in found) for found in (loads, stores)]
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "wide_loads": wide[0], "loads": len(loads), "wide_stores": wide[1], "stores": len(stores),
+    }  # fmt: skip
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+COLUMNS = ("kernel", "target", "registers", "stack", "spills", "loads x16", "other", "stores x16", "other", "problems")
+
+
+def table(kernels: list[Kernel]) -> str:
+    """A line a kernel."""
+    rows = [COLUMNS]
+    for k in kernels:
+        words = (k.registers, k.stack, k.spills, k.wide_loads, k.loads - k.wide_loads, k.wide_stores)
+        rows.append(
+            (f"{k.source} {k.name}", k.target, *map(str, words), str(k.stores - k.wide_stores), "; ".join(k.problems()))
+        )
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    lines = []
+    for first, *others, last in rows:
+        middle = "  ".join(x.rjust(w) for x, w in zip(others, widths[1:], strict=True))
+        lines.append(f"{first.ljust(widths[0])}  {middle}  {last}".rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--only", choices=("cuda", "triton"), help="the kernels of one backend")
+    p.add_argument("--archs", nargs="+", type=int, default=list(ARCHS), help="10 * compute capability")
+    p.add_argument("--root", type=Path, default=ROOT, help="the folder that holds csrc/ and kernels/")
+    p.add_argument("--json", type=Path, metavar="PATH", help="write the table's figures there, too")
+    args = p.parse_args(argv)
+    kernels, notes = [], []
+    if args.only != "triton":
+        found, note = cuda_kernels(args.root, args.archs)
+        kernels += found
+        notes.append(note)
+    if args.only != "cuda":
+        kernels += triton_kernels(args.root, args.archs)
+    print("\n".join([table(kernels), *notes]))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(k) | {"problems": k.problems()} for k in kernels], indent=1))
+    return 1 if any(k.problems() for k in kernels) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

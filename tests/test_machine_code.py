@@ -1,0 +1,77 @@
+"""The kernels' machine code is as it must be, and bench/machine_code.py sees it when it is not."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is missing, which brings the disassembler"
+)
+
+MODULE_BYTES = 1_000_000
+
+# name: backend, file, what is planted in it (old, new), what the script must say. Each in Adam alone, for one GPU.
+FAULTS = {
+    "scalar loads": ("cuda", "csrc/cuda/block.h", "if (count == n && ", "if (false && ", "0 loads of 16 bytes, not 5"),
+    "many threads": ("cuda", "csrc/cuda/step.cu", "kResident = 640", "kResident = 2048", "spills"),
+    "few threads": ("triton", "kernels/aot.py", "else 256) // size", "else 64) // size", "registers, more than"),
+    "a mask": ("triton", "kernels/step.py", "at, None, s, r", "at, alive(row, at), s, r", "0 loads of 16 bytes"),
+    "no promise of alignment": (
+        "triton",
+        "kernels/table.py",
+        "tl.multiple_of(base + at, 16)",
+        "base + at",
+        "0 stores of 16 bytes",
+    ),
+}
+
+
+def run(*arguments):
+    """bench/machine_code.py in a process in which triton does not interpret."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    words = [sys.executable, ROOT / "bench/machine_code.py", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+def test_vectors_and_registers(backend):
+    if backend == "cuda" and not (NVCC or list((ROOT / "fuseopt").glob("_CUDA*.so"))):
+        pytest.skip("fuseopt._CUDA is not built and nvcc was not found")
+    done = run("--only", backend)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"\n{backend} ") > 28  # a line each
+
+
+def test_the_module_is_small():
+    modules = list((ROOT / "fuseopt").glob("_CUDA*.so"))
+    if not modules:
+        pytest.skip("fuseopt._CUDA is not built")
+    assert modules[0].stat().st_size < MODULE_BYTES
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, tmp_path):
+    backend, name, old, new, said = FAULTS[fault]
+    if backend == "cuda" and NVCC is None:
+        pytest.skip("nvcc was not found")
+    for part in ("csrc", "kernels", "setup.py"):
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
+    plant(tmp_path / name, old, new)
+    plant(tmp_path / "csrc/cuda/step.cu", "{FUSEOPT_RULES(FUSEOPT_ROW)}", '{FUSEOPT_ROW(Adam, "adam")}')
+    plant(tmp_path / "kernels/rules.py", '    "adam_amsgrad"', '}\nOTHERS = {\n    "adam_amsgrad"')
+    done = run("--only", backend, "--root", tmp_path, "--archs", "90")
+    assert done.returncode == 1 and said in done.stdout, done.stdout + done.stderr
+
+
+def plant(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, f"{path.name} no longer has {old!r}"
+    path.write_text(text.replace(old, new))
