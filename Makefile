@@ -2,7 +2,7 @@
 # Each makes .venv, installs what is needed, builds the native module and runs. Stamps in .venv see to it
 # that a second call repeats no step whose inputs did not change.
 #
-#   make test ARGS="-k prune -x"          arguments for pytest; likewise ARGS for bench
+#   make test ARGS="-k prune -x -n 0"     arguments for pytest (-n 0: in one process); likewise ARGS for bench
 #   make demo DEMO="--output_dir my/run"  arguments for fuseopt finetune
 #   make test PYTHON=python3.12           another interpreter (make clean first)
 #
@@ -19,7 +19,7 @@ VENV := .venv
 RUN  := $(VENV)/bin/python
 PIP  := $(RUN) -m pip --disable-pip-version-check
 # Folders are listed too: theirs is the time stamp that changes when a file is added or removed.
-CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
 
 # Prints "VERSION FOLDER" of the torch that $(PYTHON) sees, or nothing if there is none or it is too old.
 FIND_TORCH := from importlib import metadata as m; d = m.distribution("torch"); v = d.version; \
@@ -29,7 +29,7 @@ FIND_TORCH := from importlib import metadata as m; d = m.distribution("torch"); 
 help:
 	@echo 'make demo    fine-tune a small pretrained model with fused, verified optimizers; results in runs/demo'
 	@echo 'make test    run the tests'
-	@echo 'make sanitize   run the tests of the CUDA kernels, which run on the CPU, under the sanitizers of g++'
+	@echo 'make sanitize   the same of the CUDA kernels, which run on the CPU, under the sanitizers of g++'
 	@echo 'make bench   measure a step against torch; results as JSON'
 	@echo 'make docs    build the pages under docs/ into build/site'
 	@echo 'make clean   remove what the others made, except runs/'
@@ -38,7 +38,7 @@ demo: $(VENV)/built
 	$(RUN) -m fuseopt finetune $(DEMO)
 
 test: $(VENV)/built
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
 
 # tests/emulation compiles the kernels with g++. Python has no sanitizer, so its library is loaded before it.
 sanitize: $(VENV)/built
