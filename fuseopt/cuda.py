@@ -228,10 +228,11 @@ def check_capture(opt) -> None:
         raise RuntimeError("step() is being captured into a CUDA graph, but capturable is False; pass capturable=True")
     if not opt._memory.addresses:
         raise RuntimeError(WARM_UP)
-    if must_know(opt):
+    thresholds = [group["prune"]["begin"] for group in opt.param_groups if group["prune"]]
+    if must_know(opt) or max(thresholds, default=0) > opt._steps() + 1:
         raise RuntimeError(
-            "step() is being captured into a CUDA graph, but a schedule of pruning is not over, masks are to be "
-            "recomputed, or buffers are averaged, which Python does; capture after the schedule, or leave them out"
+            "step() is being captured into a CUDA graph, but a schedule of pruning is not over or has not begun, masks "
+            "are to be recomputed, or buffers are averaged, which Python does; capture later, or leave them out"
         )
 
 

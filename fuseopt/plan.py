@@ -59,13 +59,13 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = F
     hyper = opt.hyper(group if lr is None else {**group, "lr": 0.0})
     options = group["prune"]
     sparsity = prune.sparsity_at(options, t)
-    threshold = prune.threshold_at(options, options["begin"] if on_gpu and options else t)
+    threshold = prune.threshold_at(options, t)
     stage = {
         "inv_grad_scale": inv_grad_scale,
         "direction": -1.0 if group["maximize"] else 1.0,
         "clip": 1.0,
         **decay.scalars(group, hyper[0]),
-        "prune_below": threshold,
+        "prune_below": prune.threshold_at(options, options["begin"]) if on_gpu and options else threshold,
         "keep_moments": float(options is not None and options["moments"] == "keep"),
     }
     averages, names = list(zip(ema.NAMES, group["ema"], strict=False)), ema.names(group)

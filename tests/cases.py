@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 import emulated
 import fuseopt
-from fuseopt import EMA, Prune, cpu
+from fuseopt import EMA, Prune, cpu, cuda
 
 STEPS = 3
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -263,6 +263,19 @@ class Snapshot:
         ]
         self.state = {p: _copied(s) for p, s in opt.state.items()}
         self.groups = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in opt.param_groups]
+
+    def assert_values_unchanged(self) -> None:
+        """What holds after a step that the GPU skipped: Python launched it, made state and counted versions up."""
+        cuda.settle(self.opt)
+        for i, (p, value, _, _) in enumerate(self.params):
+            assert_same_bits(p, value, f"parameter {i}")
+        self.assert_gradients_unchanged()
+        for p, saved in self.state.items():
+            for key, value in saved.items():
+                if isinstance(value, Tensor):
+                    assert_same_bits(self.opt.state[p][key], value, key)
+        for group, saved in zip(self.opt.param_groups, self.groups, strict=True):
+            assert {k: v for k, v in group.items() if k != "params"} == saved
 
     def assert_unchanged(self) -> None:
         for i, (p, value, version, address) in enumerate(self.params):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(bool(emulated.why_not or cpu.native_error()), re
 
 SHAPES = [(40, 33), (5,), (70, 70)]
 EVERYTHING = {"max_grad_norm": 0.7, "l1": 0.01, "weight_decay": 0.1, "ema": [EMA(0.9), EMA(0.999, warmup="timm", start=2, every=2)],
-              "prune": Prune(threshold=0.05, begin=3)}
+              "prune": Prune(threshold=0.05, begin=2)}
 RULES = [BY_NAME[name] for name in ("adamw-amsgrad-maximize", "sgd-momentum", "nadam", "adagrad", "lion")]
 
 
