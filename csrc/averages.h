@@ -24,9 +24,9 @@ FUSEOPT_INLINE double ema_weight(const Average& a, double t) {
   if (u < 1 || u != std::floor(u)) return -1;
   const int warmup = int(a.warmup);
   if (warmup == kSwa || (u == 1 && warmup != kConstant)) return 1 / u;
-  if (warmup == kEdm2) return 1 - std::pow(1 - 1 / u, a.gamma + 1);
+  if (warmup == kEdm2) return 1 - pow(1 - 1 / u, a.gamma + 1);
   double d = a.decay;
-  if (warmup == kTimm) d = std::fmin(d, 1 - std::pow(u, -2.0 / 3));
+  if (warmup == kTimm) d = std::fmin(d, 1 - pow(u, -2.0 / 3));
   if (warmup == kDiffusers) d = std::fmin(d, u / (9 + u));
   return 1 - d;
 }

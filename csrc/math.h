@@ -2,10 +2,12 @@
 // square root and division, and conversion of the 16-bit formats (round to nearest, ties to even).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__CUDACC__)
+#include <cuda_fp16.h>
 #define FUSEOPT_INLINE __host__ __device__ __forceinline__
 #else
 // always_inline: the same function is compiled for several instruction sets (see cpu/kernels.h); an
@@ -24,6 +26,13 @@ FUSEOPT_INLINE double abs(double x) { return __builtin_fabs(x); }
 
 FUSEOPT_INLINE float copysign(float x, float y) { return __builtin_copysignf(x, y); }
 FUSEOPT_INLINE double copysign(double x, double y) { return __builtin_copysign(x, y); }
+
+#if defined(__CUDACC__)
+__host__ __device__ __noinline__ inline  // long, and called in many places
+#else
+FUSEOPT_INLINE
+#endif
+double pow(double x, double y) { return std::pow(x, y); }
 
 template <class T>
 FUSEOPT_INLINE T sign(T x) {  // sign(0) = 0, and NaN stays NaN
@@ -72,6 +81,9 @@ FUSEOPT_INLINE float half_to_float(uint16_t h) {
 
 FUSEOPT_INLINE uint16_t float_to_half(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
+#if defined(__CUDA_ARCH__)  // one instruction rounds so; only its NaN has other bits
+  return x != x ? uint16_t(0x7e00u | ((u >> 16) & 0x8000u)) : __half_as_ushort(__float2half_rn(x));
+#else
   const uint32_t magnitude = u & 0x7fffffffu;
   // normal halfs: rebias the exponent, then round the 13 dropped bits to nearest even
   const uint32_t rebased = magnitude - (112u << 23);
@@ -86,6 +98,7 @@ FUSEOPT_INLINE uint16_t float_to_half(float x) {
   bits = (0x7c00u & is_infinite) | (bits & ~is_infinite);
   bits = (0x7e00u & is_nan) | (bits & ~is_nan);
   return uint16_t(bits | ((u >> 16) & 0x8000u));
+#endif
 }
 
 }  // namespace fuseopt

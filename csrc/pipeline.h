@@ -51,40 +51,52 @@ FUSEOPT_INLINE T effective_grad(T g, bool keep, const StageScalars<T>& s) {
   return g * s.clip;
 }
 
-// Stages 5 to 8 on one element.
-template <class Rule, class T>
-FUSEOPT_INLINE void update_element(T& p, T g, T* slot, const StageScalars<T>& s,
-                                   const typename Rule::template Scalars<T>& r) {
+// Stages 5 to 7, before the rule: decay.
+template <class T>
+FUSEOPT_INLINE void decay_element(T& p, T& g, const StageScalars<T>& s) {
   g = s.l2 != T(0) ? fma(s.l2, p, g) : g;  // 0 * inf would be NaN
   g = (p == T(0)) | (s.l1 == T(0)) ? g : g + copysign(s.l1, p);  // -0 + 0 would be +0
   p = p * s.decay;
-  Rule::update(p, g, slot, r);
-  const T magnitude = abs(p) - s.soft_threshold;
-  p = copysign(magnitude < T(0) ? T(0) : magnitude, p);
 }
 
-// Stages 1 to 10 on one element of storage type S: p and slot are as they lie in memory. Stages 9
-// (freeze) and 10 (prune) select among the raw values, so frozen entries keep their very bits. Returns
-// whether the element is pruned.
+// Stage 8, after it.
+template <class T>
+FUSEOPT_INLINE T shrink_element(T p, const StageScalars<T>& s) {
+  const T magnitude = abs(p) - s.soft_threshold;
+  return copysign(magnitude < T(0) ? T(0) : magnitude, p);
+}
+
+// Stages 9 (freeze) and 10 (prune) select among the raw values, so frozen entries keep their very bits.
+template <class raw>
+FUSEOPT_INLINE raw settle(bool frozen, raw before, bool zero, raw after) {
+  return select(frozen, before, select(zero, raw(0), after));
+}
+
+template <class S>
+FUSEOPT_INLINE bool falls_below(typename S::raw p, const StageScalars<typename S::compute>& s) {
+  return abs(S::load(p)) < s.prune_below;
+}
+
+// Stages 1 to 10 on one element of storage type S: p and slot are as they lie in memory. Returns whether the element is
+// pruned. (cuda/step.cu has these lines once more, on several elements at a time.)
 template <class Rule, class S, bool masked, int n>
 FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n], bool keep,
                                  bool frozen, bool pruned, const StageScalars<typename S::compute>& s,
                                  const typename Rule::template Scalars<typename S::compute>& r) {
   using T = typename S::compute;
-  using raw = typename S::raw;
-  T weight = S::load(p);
+  T weight = S::load(p), grad = effective_grad(S::load(g), keep, s);
   T moment[n];
   for (int k = 0; k < Rule::slots; ++k) moment[k] = S::load(slot[k]);
 
-  update_element<Rule, T>(weight, effective_grad(S::load(g), keep, s), moment, s, r);
+  decay_element(weight, grad, s);
+  Rule::update(weight, grad, moment, r);
+  const typename S::raw stored = S::store(shrink_element(weight, s));
 
-  const raw stored = S::store(weight);
   frozen = masked & frozen;
-  const bool prune = masked & (!frozen) & (pruned | (abs(S::load(stored)) < s.prune_below));
+  const bool prune = masked & (!frozen) & (pruned | falls_below<S>(stored, s));
   const bool clear = prune & (s.keep_moments == T(0));
-  p = select(frozen, p, select(prune, raw(0), stored));
-  for (int k = 0; k < Rule::slots; ++k)
-    slot[k] = select(frozen, slot[k], select(clear, raw(0), S::store(moment[k])));
+  p = settle(frozen, p, prune, stored);
+  for (int k = 0; k < Rule::slots; ++k) slot[k] = settle(frozen, slot[k], clear, S::store(moment[k]));
   return prune | (masked & pruned);  // what was pruned before it was frozen stays pruned
 }
 

@@ -43,8 +43,8 @@ struct AdamRule {
   };
   static FUSEOPT_INLINE Scalars<double> prepare(const double* hyper, CounterValue* counter) {
     const double t = counter[0].value += 1;
-    const double bias_correction1 = 1 - std::pow(hyper[beta1], t);
-    const double bias_correction2 = 1 - std::pow(hyper[beta2], t);
+    const double bias_correction1 = 1 - pow(hyper[beta1], t);
+    const double bias_correction2 = 1 - pow(hyper[beta2], t);
     return {1 - hyper[beta1], hyper[beta2], 1 - hyper[beta2], hyper[eps],
             -(hyper[lr] / bias_correction1), std::sqrt(bias_correction2)};
   }
@@ -106,11 +106,11 @@ struct NAdam {
   };
   static FUSEOPT_INLINE Scalars<double> prepare(const double* hyper, CounterValue* counter) {
     const double t = counter[0].value += 1;
-    const double mu = hyper[beta1] * (1 - 0.5 * std::pow(0.96, t * hyper[momentum_decay]));
-    const double mu_next = hyper[beta1] * (1 - 0.5 * std::pow(0.96, (t + 1) * hyper[momentum_decay]));
+    const double mu = hyper[beta1] * (1 - 0.5 * pow(0.96, t * hyper[momentum_decay]));
+    const double mu_next = hyper[beta1] * (1 - 0.5 * pow(0.96, (t + 1) * hyper[momentum_decay]));
     const double product = counter[1].multiply(mu);
     return {1 - hyper[beta1], hyper[beta2], 1 - hyper[beta2], hyper[eps],
-            1 - std::pow(hyper[beta2], t),
+            1 - pow(hyper[beta2], t),
             -hyper[lr] * (1 - mu) / (1 - product),
             -hyper[lr] * mu_next / (1 - product * mu_next)};
   }

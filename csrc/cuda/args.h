@@ -32,7 +32,7 @@ struct Memory {
   TensorScalars* scalars;  // one for each tensor of the table
   double* squares;         // one for each block: sums of squares of the gradient
   SumRow* sums;            // one for each block; nullptr without statistics
-  float* fresh;            // by Tensor::position: not 0 where a rule without step count has new moments
+  float* fresh;            // by Tensor::position: not 0 where the moments are new
 };
 
 // Tensors of torch.amp.GradScaler on the device; nullptr where there is none.

@@ -16,60 +16,61 @@ inline int threads_of(int storage) { return int(kLanes * element_size(storage)) 
 
 // n elements. They are held as words: an element of 16 bits of its own would take a whole register.
 template <class raw, int n>
-struct alignas(16) Vector {
-  using Word = std::conditional_t<sizeof(raw) == 8, uint64_t, uint32_t>;
-  Word word[n * sizeof(raw) / sizeof(Word)];
+struct alignas(n * sizeof(raw) < 16 ? 8 : 16) Vector {
+  uint32_t word[n * sizeof(raw) / 4];
 
   __device__ __forceinline__ raw get(int j) const {
     if constexpr (sizeof(raw) == 2) return raw(word[j / 2] >> (j % 2 * 16));
-    else return bit_cast<raw>(word[j]);
+    else if constexpr (sizeof(raw) == 4) return bit_cast<raw>(word[j]);
+    else return bit_cast<raw>(uint64_t(word[2 * j + 1]) << 32 | word[2 * j]);
   }
 
   __device__ __forceinline__ void set(int j, raw x) {
     if constexpr (sizeof(raw) == 2) {
       const int shift = j % 2 * 16;
       word[j / 2] = (word[j / 2] & ~(0xffffu << shift)) | uint32_t(x) << shift;
+    } else if constexpr (sizeof(raw) == 4) {
+      word[j] = bit_cast<uint32_t>(x);
     } else {
-      word[j] = bit_cast<Word>(x);
+      const uint64_t bits = bit_cast<uint64_t>(x);
+      word[2 * j] = uint32_t(bits), word[2 * j + 1] = uint32_t(bits >> 32);
+    }
+  }
+
+  // Brings element `by` to the front, and those before it to the back: a loop that is not unrolled cannot index
+  // registers, but it can turn them.
+  template <int by>
+  __device__ __forceinline__ void turn() {
+    constexpr int words = int(sizeof word) / 4, bytes = by * int(sizeof(raw));
+    const Vector old = *this;
+#pragma unroll
+    for (int w = 0; w < words; ++w) {
+      const uint32_t next = old.word[(w + bytes / 4) % words];
+      word[w] = bytes % 4 == 0 ? next : next >> 16 | old.word[(w + bytes / 4 + 1) % words] << 16;
     }
   }
 };
 
-// The elements of a loop's body: of 8 it takes 4 and then the others, or the kernels take twice as long to compile.
-constexpr int kUnrolled = 4;
-
-// Brings the elements that come after the first kUnrolled to the front.
-template <class raw, int n>
-__device__ __forceinline__ void turn(Vector<raw, n>& v) {
-  if constexpr (n > kUnrolled) {
-    static_assert(n == 2 * kUnrolled, "halves");
-    constexpr int words = int(sizeof v) / 4;
-    const Vector<raw, n> old = v;
-#pragma unroll
-    for (int w = 0; w < words; ++w) v.word[w] = old.word[(w + words / 2) % words];
-  }
-}
-
 // `count` elements, at least one; past the end the last again. Tails and streams that are not aligned go one by one.
 template <class raw, int n>
-__device__ __forceinline__ void read(Vector<raw, n>& v, const raw* at, int count) {
-  if (count == n && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+__device__ __forceinline__ void read(Vector<raw, n>& v, const raw* at, int count, bool whole) {
+  if (whole) {
     v = *reinterpret_cast<const Vector<raw, n>*>(at);
     return;
   }
-#pragma unroll
-  for (int j = 0; j < n; ++j) v.set(j, at[j < count ? j : count - 1]);
+  v = {};
+#pragma unroll 1
+  for (int j = 1; j <= n; at += j < count, ++j) v.template turn<1>(), v.set(n - 1, *at);
 }
 
 template <class raw, int n>
-__device__ __forceinline__ void write(raw* at, const Vector<raw, n>& v, int count) {
-  if (count == n && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+__device__ __forceinline__ void write(raw* at, Vector<raw, n> v, int count, bool whole) {
+  if (whole) {
     *reinterpret_cast<Vector<raw, n>*>(at) = v;
     return;
   }
-#pragma unroll
-  for (int j = 0; j < n; ++j)
-    if (j < count) at[j] = v.get(j);
+#pragma unroll 1
+  for (int j = 0; j < count; ++j, v.template turn<1>()) at[j] = v.get(0);
 }
 
 #if defined(__CUDACC__)
@@ -90,9 +91,9 @@ struct Runs {
 
   __device__ __forceinline__ void start(const Masks& mask, int64_t at) {
     const auto most = [](int64_t x) { return uint32_t(x < kBlock ? x : kBlock); };
-    const int64_t run = at / mask.inner;
-    first = run % mask.period;
-    left = most((run + 1) * mask.inner - at), inner = most(mask.inner);
+    const uint64_t inner_size = mask.inner, size = mask.period, run = uint64_t(at) / inner_size;
+    first = run - run / size * size;
+    left = most(int64_t(run + 1) * mask.inner - at), inner = most(mask.inner);
     room = most(mask.period - first), period = most(mask.period);
   }
 
@@ -109,7 +110,7 @@ struct Runs {
     const auto bit = [&] { return (mask.keep[k >> 5] >> (k & 31)) & 1u; };
     if (rest >= n) return -bit();
     uint32_t out = 0;
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < n; ++j) {
       out |= bit() << j;
       if (--rest == 0) rest = inner, k = k + 1 == mask.period ? 0 : k + 1;
@@ -155,12 +156,16 @@ template <int n>
 __device__ __forceinline__ double add_lanes_of_block(double* lanes) {
   constexpr int threads = int(kLanes) / n;
   const int t = int(threadIdx.x);
+#pragma unroll 1
   for (int half = threads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (t < half)
+#pragma unroll 1
       for (int j = 0; j < n; ++j) lanes[j * threads + t] += lanes[j * threads + t + half];
   }
+#pragma unroll 1
   for (int half = n / 2; t == 0 && half > 0; half /= 2)
+#pragma unroll 1
     for (int j = 0; j < half; ++j) lanes[j * threads] += lanes[(j + half) * threads];
   return lanes[0];
 }

@@ -10,12 +10,19 @@
 namespace fuseopt {
 namespace cuda {
 
+enum RuleIndex {
+#define FUSEOPT_INDEX(Rule, name) k##Rule,
+  FUSEOPT_RULES(FUSEOPT_INDEX)
+#undef FUSEOPT_INDEX
+};
+
 // Stages 1 to 12 on the tensors of the rows, which are of one rule and one storage.
 struct UpdateArgs {
   Memory memory;
+  int32_t rule;
   Rows rows;
 };
-void launch_update(int rule, int storage, const UpdateArgs& args, cudaStream_t stream);
+void launch_update(int storage, const UpdateArgs& args, cudaStream_t stream);
 
 // Into Memory::squares, for each block the sum of squares of the gradient before clipping.
 struct SquaresArgs {

@@ -13,12 +13,16 @@ inline int64_t blocks_of(const Tensor& t) { return (t.n + kBlock - 1) / kBlock; 
 
 inline void set_row(Rows& rows, const Tensor& t, const Group& group, int tensor, int64_t table_block) {
   uint64_t* word = rows.word + rows.count * rows.width;
-  Head head{t.n, t.p, t.g, rows.blocks, tensor, int32_t(table_block), 0, t.freeze, {}};
+  Head head{t.n, t.p, t.g, rows.blocks, tensor, int32_t(table_block), 0, t.freeze, 0, 0};
   for (int k = 0; k < rows.averages && k < group.n_ema; ++k) head.narrow |= group.ema_narrow[k] << k;
-  std::memcpy(word, &head, sizeof head);
+  uint64_t* const first = word;
   word += kHeadWords;
   for (int k = 0; k < rows.slots; ++k) *word++ = reinterpret_cast<uint64_t>(k < group.slots ? t.slot[k] : nullptr);
   for (int k = 0; k < rows.averages; ++k) *word++ = reinterpret_cast<uint64_t>(k < group.n_ema ? t.ema[k] : nullptr);
+  uint64_t all = reinterpret_cast<uint64_t>(t.p) | reinterpret_cast<uint64_t>(t.g);
+  for (const uint64_t* at = first + kHeadWords; at < word; ++at) all |= *at;
+  head.aligned = all % 16 == 0;
+  std::memcpy(first, &head, sizeof head);
   const Masks masks{t.keep.words, t.keep.period, t.keep.inner, t.pruned};
   if (rows.masked) std::memcpy(word, &masks, sizeof masks);
   ++rows.count, rows.blocks += int32_t(blocks_of(t));

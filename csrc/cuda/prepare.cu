@@ -7,12 +7,6 @@ namespace fuseopt {
 namespace cuda {
 namespace {
 
-enum RuleIndex {
-#define FUSEOPT_INDEX(Rule, name) k##Rule,
-  FUSEOPT_RULES(FUSEOPT_INDEX)
-#undef FUSEOPT_INDEX
-};
-
 // Advances the counters and forms Rule::Scalars<double>.
 __device__ void prepare_rule(int rule, const double* hyper, CounterValue* counter, double* scalars) {
   switch (rule) {
@@ -44,6 +38,7 @@ __device__ void prepare_stages(const Group& group, const PrepareArgs& a, double 
   out.stage.clip = group.max_grad_norm > 0 ? clip_factor(group.max_grad_norm, control.norm) : 1;
   if (group.device.decoupled) decouple_decay(out.stage, lr, group.device.l2, group.device.l1);
   if (control.t < group.device.prune_from) out.stage.prune_below = 0;
+#pragma unroll 1
   for (int k = 0; k < group.n_ema; ++k) out.ema_weight[k] = ema_weight(group.device.ema[k], control.t);
 }
 
@@ -65,8 +60,9 @@ __global__ void __launch_bounds__(kLanes) prepare(const PrepareArgs __grid_const
   CounterValue counter[kMaxCounters] = {};
   if (k < a.tensors) {
     if (group.counters == 0) counter[0].value = a.memory.fresh[row.position];
-    for (int c = 0; c < group.counters; ++c)
-      counter[c] = {load(row.counter[c], row.is_double[c]), bool(row.is_double[c])};
+#pragma unroll
+    for (int c = 0; c < kMaxCounters; ++c)
+      if (c < group.counters) counter[c] = {load(row.counter[c], row.is_double[c]), bool(row.is_double[c])};
   }
   double total = 0;
   if (a.clips) total = a.given_squares ? *a.given_squares : add_blocks_on_device(a.memory.squares, a.blocks);
@@ -83,8 +79,10 @@ __global__ void __launch_bounds__(kLanes) prepare(const PrepareArgs __grid_const
   TensorScalars& out = a.memory.scalars[row.tensor];
   prepare_rule(group.rule, hyper, counter, out.rule);
   prepare_stages(group, a, hyper[0], out);
-  for (int c = 0; c < group.counters; ++c) store(row.counter[c], row.is_double[c], counter[c].value);
-  if (group.counters == 0) a.memory.fresh[row.position] = 0;
+#pragma unroll
+  for (int c = 0; c < kMaxCounters; ++c)
+    if (c < group.counters) store(row.counter[c], row.is_double[c], counter[c].value);
+  a.memory.fresh[row.position] = 0;
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 template <class S>
-__global__ void __launch_bounds__(kThreads<S>) squares(const SquaresArgs __grid_constant__ a) {
+__global__ void __launch_bounds__(kThreads<S>, 1024 / kThreads<S>) squares(const SquaresArgs __grid_constant__ a) {
   using T = typename S::compute;
   using raw = typename S::raw;
   constexpr int n = kVector<S>;
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads<S>) squares(const SquaresArgs __grid_
   __syncthreads();
   double sum[n] = {};
 
-#pragma unroll
+#pragma unroll 1
   for (int lane = int(threadIdx.x) * n; lane < kBlock; lane += int(kLanes)) {
     const int64_t i = place.begin + lane;
     if (i >= head.n) break;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads<S>) squares(const SquaresArgs __grid_
     const uint32_t free = bits.keep & ~bits.pruned;
     if (free == 0) continue;
     Vector<raw, n> g;
-    read(g, static_cast<const raw*>(head.g) + i, count);
+    read(g, static_cast<const raw*>(head.g) + i, count, head.aligned && count == n);
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       const double x = effective_grad(S::load(g.get(j)), free >> j & 1, stage);

@@ -19,7 +19,8 @@ struct Head {
   int32_t table_block; // first block counted over the whole table, and so of its sums
   uint8_t narrow;      // bit k: average k is kept in the parameter's type, not in that of the arithmetic
   uint8_t freeze;      // else its mask only zeroes the gradient
-  uint8_t unused[2];
+  uint8_t aligned;     // every address here is a multiple of 16 bytes
+  uint8_t unused;
 };
 struct Masks {
   const uint32_t* keep;  // nullptr: no mask

@@ -52,8 +52,9 @@ struct Launches {  // of one step on one stream
     for (int rule = 0; rule < kRules; ++rule)
       for (int storage = 0; storage < kStorages; ++storage) {
         if (!present[rule][storage]) continue;
+        args.rule = rule;
         const auto take = [&](const Tensor& t) { return t.storage == storage && table.groups[t.group].rule == rule; };
-        pack(table, range.first, range.last, true, args.rows, take, [&] { launch_update(rule, storage, args, stream); });
+        pack(table, range.first, range.last, true, args.rows, take, [&] { launch_update(storage, args, stream); });
       }
   }
 
