@@ -274,7 +274,8 @@ def agree(opt, oracle, params, copies, dtype) -> None:
         assert_close(p, q, (rtol, atol), f"{tuple(p.shape)}")
         mine, other = opt.state.get(p, {}), oracle.state.get(q, {})
         assert mine.keys() == other.keys()
-        assert empty_entries(opt, p) == empty_entries(oracle, q)
+        if p.numel():  # where a GPU decides, nobody can tell of nothing whether it has a value
+            assert empty_entries(opt, p) == empty_entries(oracle, q)
         for key, value in mine.items():
             if not isinstance(value, torch.Tensor):
                 assert value == other[key]
