@@ -16,12 +16,14 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is missing, which brings the disassembler"
 )
 
+RUNTIME_BYTES = 700_000  # of CUDA's static runtime, without a kernel
 MODULE_BYTES = 1_000_000
 
-# name: backend, file, what is planted in it (old, new), what the script must say. Each in Adam alone, for one GPU.
+# name: backend, file, what is planted in it (old, new), what the script must say. For one GPU, of Triton Adam alone.
 FAULTS = {
-    "scalar loads": ("cuda", "csrc/cuda/block.h", "if (count == n && ", "if (false && ", "0 loads of 16 bytes, not 5"),
-    "many threads": ("cuda", "csrc/cuda/step.cu", "kResident = 640", "kResident = 2048", "spills"),
+    "scalar loads": ("cuda", "csrc/cuda/block.h", "if (whole) {\n    v", "if (false) {\n    v", "0 loads of 16 bytes, not 6"),
+    "scalar stores": ("cuda", "csrc/cuda/block.h", "if (whole) {\n    *", "if (false) {\n    *", "0 stores of 16 bytes, not 5"),
+    "many threads": ("cuda", "csrc/cuda/step.cu", "? 512 : 1024", "? 512 : 2048", "spills"),
     "few threads": ("triton", "kernels/aot.py", "else 256) // size", "else 64) // size", "registers, more than"),
     "a mask": ("triton", "kernels/step.py", "at, None, s, r", "at, alive(row, at), s, r", "0 loads of 16 bytes"),
     "no promise of alignment": (
@@ -47,14 +49,14 @@ def test_vectors_and_registers(backend):
         pytest.skip("fuseopt._CUDA is not built and nvcc was not found")
     done = run("--only", backend)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"\n{backend} ") > 28  # a line each
+    assert done.stdout.count(f"\n{backend} ") > 28  # a line each: 13 kernels of CUDA, 11 of Triton for each GPU
 
 
 def test_the_module_is_small():
     modules = list((ROOT / "fuseopt").glob("_CUDA*.so"))
     if not modules:
         pytest.skip("fuseopt._CUDA is not built")
-    assert modules[0].stat().st_size < MODULE_BYTES
+    assert modules[0].stat().st_size < RUNTIME_BYTES + MODULE_BYTES
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -65,7 +67,6 @@ def test_a_planted_fault_is_seen(fault, tmp_path):
     for part in ("csrc", "kernels", "setup.py"):
         (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, tmp_path / part)
     plant(tmp_path / name, old, new)
-    plant(tmp_path / "csrc/cuda/step.cu", "{FUSEOPT_RULES(FUSEOPT_ROW)}", '{FUSEOPT_ROW(Adam, "adam")}')
     plant(tmp_path / "kernels/rules.py", '    "adam_amsgrad"', '}\nOTHERS = {\n    "adam_amsgrad"')
     done = run("--only", backend, "--root", tmp_path, "--archs", "90")
     assert done.returncode == 1 and said in done.stdout, done.stdout + done.stderr
