@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .pipeline import effective_grad
-from .table import IN_NORM, PRUNED, SCALARS, TILE, WIDTH, G, alive, bits, column, find, kept, load, stream, tiles
+from .table import IN_SUMS, PRUNED, SCALARS, TILE, WIDTH, G, alive, bits, column, find, kept, load, stream, tiles
 
 
 @triton.jit
@@ -45,8 +45,7 @@ def grad_norm(table, tensors, scalars, sums, MASKED: tl.constexpr, DTYPE: tl.con
     for t in range(whole, count):
         at = begin + t * TILE
         lanes = squares_of_tile(lanes, row, at, alive(row, at), s, g, MASKED)
-    place = column(row, IN_NORM)
-    tl.store(sums + place + number, add_lanes(lanes), mask=place >= 0)
+    tl.store(sums + column(row, IN_SUMS) + number, add_lanes(lanes))
 
 
 @triton.jit
