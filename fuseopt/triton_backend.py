@@ -47,8 +47,7 @@ class Pass:
             kind = schema.compute_dtype(row.p.dtype)
             row.values[t.SCALARS] = scalars.place(gs, opt.state.get(p, {}), kind, fresh)
             row.values[t.GROUP] = next(k for k, one in enumerate(step.groups) if one is gs)
-        self.in_norm = triton_table.number(self.rows, t.IN_NORM, lambda row: not row.all_frozen)
-        self.in_sums = triton_table.number(self.rows, t.IN_SUMS, lambda row: True)
+        self.in_sums = triton_table.number(self.rows, t.IN_SUMS)
         # What is wholly frozen is there for the statistics alone.
         moved = [row for row in self.rows if opt.defaults["statistics"] or not row.all_frozen]
         self.launches = launches(self.memory, moved, share_memory(here))
@@ -73,8 +72,10 @@ class Pass:
     # ---- the norm ------------------------------------------------------------------------------
 
     def _squares(self) -> Tensor:
-        """The sum of squares of each block's gradient, of what is not wholly frozen."""
-        sums = self.memory.room("squares", self.in_norm)
+        """The sum of squares of each block's gradient; 0 of what is wholly frozen, which has its place all the same."""
+        sums = self.memory.room("squares", self.in_sums)
+        if sum(one.blocks for one in self.launches) < self.in_sums:
+            sums.zero_()
         for one in self.launches:
             scalars = self.scalars[schema.compute_dtype(one.p.dtype)]
             constants = {"MASKED": one.masked, "DTYPE": triton_type(one.p)}
@@ -89,11 +90,11 @@ class Pass:
             wide, narrow = (self.memory.room(f"clip {kind}", len(bounds), kind) for kind in kinds[::-1])
             there = self.memory.upload("bounds", np.array(bounds))
             sums = self._squares()
-            launch(reduce.clip, 1, wide, sums, self.in_norm, there, len(bounds), wide, narrow)
+            launch(reduce.clip, 1, wide, sums, self.in_sums, there, len(bounds), wide, narrow)
             return {torch.float32: narrow, torch.float64: wide}
         norm = 0.0
         if any(bounds):
-            rows = sums_of(self.rows, self._squares().cpu().numpy()[:, None], t.IN_NORM)
+            rows = sums_of(self.rows, self._squares().cpu().numpy()[:, None])
             norm = math.sqrt(cpu.total_of(self.opt, self.params, rows, 1, self.shared)[0])
         factors = [clip.factor(bound, norm) for bound in bounds]
         return {kind: self.memory.upload(f"factors {kind}", rounded(factors, kind)) for kind in kinds}
@@ -132,16 +133,15 @@ class Pass:
         own, params, shared = self.rows, self.params, self.shared
 
         def read(opt) -> Mapping[str, float]:
-            rows = sums_of(own, sums.cpu().numpy().reshape(statistics.WIDTH, -1).T, t.IN_SUMS)
+            rows = sums_of(own, sums.cpu().numpy().reshape(statistics.WIDTH, -1).T)
             return statistics.result(cpu.total_of(opt, params, rows, statistics.WIDTH, shared))
 
         return read
 
 
-def sums_of(rows: list[Row], sums: np.ndarray, column: int) -> list[tuple[float, ...]]:
+def sums_of(rows: list[Row], sums: np.ndarray) -> list[tuple[float, ...]]:
     """The sums of each parameter, those of its blocks added up in order."""
-    firsts = [row.values[column] for row in rows]
-    parts = [sums[k : k + row.blocks] if k >= 0 else sums[:0] for k, row in zip(firsts, rows, strict=True)]
+    parts = [sums[row.values[t.IN_SUMS] :][: row.blocks] for row in rows]
     return [tuple(part.cumsum(0)[-1]) if len(part) else (0.0,) * sums.shape[1] for part in parts]
 
 

@@ -28,7 +28,7 @@ class Ranker:
             rows.append(Row(memory, gs, distributed.local_state(state), here, here, list(gs.emas)))
             if gs.stage["keep_moments"]:
                 rows[-1].values[t.SLOT : t.EMA] = [0] * (t.EMA - t.SLOT)
-        self.blocks, self.rows = triton_table.number(rows, t.IN_SUMS, lambda row: True), rows
+        self.blocks, self.rows = triton_table.number(rows, t.IN_SUMS), rows
         self.launches = triton_table.launches(memory, rows)
 
     def _constants(self, one: Launch) -> dict:

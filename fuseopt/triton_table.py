@@ -1,7 +1,5 @@
 """What the Triton kernels work on: live tensors as rows of addresses, and what lies on the device between steps."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -114,12 +112,12 @@ class Row:
         self.blocks = -(-p.numel() // t.BLOCK.value)
 
 
-def number(rows: list[Row], column: int, counts: Callable[[Row], bool]) -> int:
-    """Write to a column where each row's blocks begin among all that count, -1 where they do not; returns how many."""
+def number(rows: list[Row], column: int) -> int:
+    """Write to a column where each row's blocks begin among all; returns how many there are."""
     blocks = 0
     for row in rows:
-        row.values[column] = blocks if counts(row) else -1
-        blocks += row.blocks if counts(row) else 0
+        row.values[column] = blocks
+        blocks += row.blocks
     return blocks
 
 
@@ -129,7 +127,7 @@ class Launch:
     def __init__(self, rows: list[Row]):
         self.rows, self.p = rows, rows[0].p
         self.kernel, _, self.averages, self.narrow, self.masked = rows[0].key
-        self.blocks = number(rows, t.FIRST, lambda row: True)
+        self.blocks = number(rows, t.FIRST)
         self.values = np.array([row.values for row in rows], dtype=np.int64).T.ravel()
         self.table: Tensor | None = None
 

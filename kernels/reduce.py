@@ -4,17 +4,15 @@ import triton
 import triton.language as tl
 
 from .pipeline import effective_grad
-from .table import IN_NORM, PRUNED, SCALARS, TILE, WIDTH, G, alive, bits, column, find, kept, load, stream, tiles
+from .table import IN_SUMS, PRUNED, SCALARS, TILE, WIDTH, G, alive, bits, column, find, kept, load, stream, tiles
 
 
 @triton.jit
 def add_lanes(lanes):
-    """The sum of TILE lanes by halving; tl.sum leaves the order open."""
-    for _ in tl.static_range(9):
-        low, high = tl.split(tl.trans(tl.reshape(lanes, [2, lanes.shape[0] // 2])))
-        lanes = low + high
-    low, high = tl.split(lanes)
-    return low + high
+    """The sum of TILE lanes by halving, two at a time: tl.sum leaves the order of more open."""
+    for _ in tl.static_range(10):
+        lanes = tl.sum(tl.reshape(lanes, [2, lanes.shape[0] // 2]), axis=0)
+    return tl.sum(lanes)
 
 
 @triton.jit
@@ -47,8 +45,7 @@ def grad_norm(table, tensors, scalars, sums, MASKED: tl.constexpr, DTYPE: tl.con
     for t in range(whole, count):
         at = begin + t * TILE
         lanes = squares_of_tile(lanes, row, at, alive(row, at), s, g, MASKED)
-    place = column(row, IN_NORM)
-    tl.store(sums + place + number, add_lanes(lanes), mask=place >= 0)
+    tl.store(sums + column(row, IN_SUMS) + number, add_lanes(lanes))
 
 
 @triton.jit

@@ -14,12 +14,12 @@ P, G, SLOT, EMA = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexp
 KEEP, PRUNED = tl.constexpr(13), tl.constexpr(14)  # addresses of words of bits; 0: all kept, none pruned
 N = tl.constexpr(15)  # elements
 FIRST = tl.constexpr(16)  # of its blocks in the launch
-IN_NORM, IN_SUMS = tl.constexpr(17), tl.constexpr(18)  # and among those of the norm (-1: none), of the statistics
-INNER, PERIOD, FREEZE = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)  # of the mask: BitMask in csrc/streams.h
-ALIGNED = tl.constexpr(22)  # whether every stream begins at a multiple of 16 bytes
-SCALARS = tl.constexpr(23)  # its row of scalars
-GROUP = tl.constexpr(24)  # its entry among the clip factors
-COLUMNS = 25
+IN_SUMS = tl.constexpr(17)  # and among those of all launches, for sums
+INNER, PERIOD, FREEZE = tl.constexpr(18), tl.constexpr(19), tl.constexpr(20)  # of the mask: BitMask in csrc/streams.h
+ALIGNED = tl.constexpr(21)  # whether every stream begins at a multiple of 16 bytes
+SCALARS = tl.constexpr(22)  # its row of scalars
+GROUP = tl.constexpr(23)  # its entry among the clip factors
+COLUMNS = 24
 
 # A row of scalars: those of the stages (pipeline.py), the weights of the averages, those of the rule.
 WEIGHTS, RULE, WIDTH = tl.constexpr(9), tl.constexpr(17), tl.constexpr(25)

@@ -146,6 +146,19 @@ def test_tensors_of_every_kind(kind, native):
     assert_same_state(ours, cpus)
 
 
+def test_what_is_wholly_frozen_keeps_its_place_in_the_norm(native):
+    """The order in which blocks are added up, which fp64 shows, does not depend on what is frozen."""
+
+    def build(_, backend):
+        params = [Parameter(p.detach().double()) for p in parameters([(n,) for n in (70, 50, 33, 20, 90)])]
+        opt = fuseopt.SGD(params, lr=1.0, max_grad_norm=0.5, backend=backend)
+        opt.mask(params[1], torch.tensor(False))
+        return run(opt, params, 12)
+
+    (ours, _), (cpus, _) = both(build, [])
+    assert_same_state(ours, cpus)
+
+
 def test_what_changes_between_steps_is_seen(native):
     """Storage, gradients, state, masks and options that were replaced count from the next step on."""
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ import fuseopt
 from fuseopt import triton_driver
 
 pytestmark = pytest.mark.skipif(triton_driver.why_not() is not None, reason=str(triton_driver.why_not()))
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
 
 COMPILED = """
 import torch, triton.language as tl
@@ -70,6 +73,29 @@ build(select.mark_n_m, kind, marks="*i32")
 build(select.prune_marked, every, marks="*i32")
 aot.build("nadam", "float64", GPUTarget("cuda", 80, 32), averages=2, narrow=1, masked=True, statistics=True)
 """
+
+
+NORM = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from fuseopt.kernels import aot, reduce
+import machine_code
+
+signature = {"table": "*i64", "tensors": "i32", "scalars": "*fp32", "sums": "*fp64"}
+for target in (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+    for dtype in ("float32", "bfloat16"):
+        constants = {"MASKED": False, "DTYPE": getattr(tl, dtype)}
+        source = triton.compiler.ASTSource(reduce.grad_norm, signature | dict.fromkeys(constants, "constexpr"), constants)
+        built = triton.compile(source, target=target, options=aot.options(dtype, target.warp_size))
+        amd = target.backend == "hip"
+        facts = machine_code.of_amd(built.asm["amdgcn"]) if amd else machine_code.of_cubin(built.asm["cubin"], 90)
+        assert facts["stack"] == facts["spills"] == 0 and facts["registers"] <= 64, (target.arch, dtype, facts)
+"""
+
+
+def test_the_norm_does_not_spill():
+    """The sum of a block's lanes takes few registers."""
+    _compiled(f"import sys; sys.path.insert(0, {str(BENCH)!r})\n" + NORM.lstrip())
 
 
 def test_every_kernel_compiles():
