@@ -7,6 +7,7 @@ masks to recompute, averages of buffers, has found_inf and grad_scale read on th
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from itertools import repeat
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ DEVICE = "cuda"
 def _load() -> tuple[ModuleType | None, str | None]:
     """The compiled module, or None and why it is missing."""
     try:
-        from . import _CUDA
+        _CUDA = import_module("fuseopt._CUDA")
     except ImportError as error:
         return None, f"the module fuseopt._CUDA is missing ({error}); install CUDA's nvcc, then fuseopt again"
     cpu.connect(_CUDA, *torch_abi.find(), torch_layout.find())
