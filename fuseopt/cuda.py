@@ -158,7 +158,7 @@ def settle(opt) -> None:
     memory = opt.__dict__.get("_memory")
     if memory is None:
         return
-    if memory.steps is None:
+    if memory.steps is None or memory.captured:  # replays count without Python
         memory.steps = memory.least = int(memory.control[0])
         for group in opt.param_groups:
             group["steps"] = memory.steps
@@ -179,7 +179,8 @@ def loaded(opt) -> None:
     if memory is not None:
         memory.fresh.zero_()
         memory.noted.clear()
-        memory.least = opt._steps()
+        memory.steps = memory.least = opt._steps()
+        memory.control[0] = float(memory.steps)
 
 
 def _params(opt) -> list[Tensor]:
@@ -299,7 +300,8 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
     """Tell the kernels which moments are new; for rules that do not count steps."""
     memory = opt._memory
     memory.make_room(opt, table)
-    new = [(k, p) for k, p in enumerate(_params(opt)) if p in prepared and prepared[p].fresh]
+    told = {p for p in memory.noted if any(p in of for key, of in opt._placeholders.items() if key not in ema.NAMES)}
+    new = [(k, p) for k, p in enumerate(_params(opt)) if p in prepared and prepared[p].fresh and p not in told]
     if new:  # one that is listed twice starts twice, as in torch
         memory.fresh[[k for k, _ in new]] = 1.0
         memory.noted.update(p for _, p in new)
@@ -308,7 +310,7 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
 def notes(opt, step: plan.Step) -> list[Iterable]:
     """See cpu.notes. Whether a step counts is known if no found_inf could stop it, and no graph holds it."""
     memory = opt._memory
-    known = not step.captured and step.amp[0] is None and memory.steps is not None
+    known = not (memory.captured or step.captured) and step.amp[0] is None and memory.steps is not None
     now = {"captured": memory.captured or step.captured, "steps": step.t if known else None}
     now["least"] = step.t if known else memory.least
     return [map(setattr, repeat(memory), now.keys(), now.values())]
@@ -336,7 +338,8 @@ def give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared
         return
     for p, made in prepared.items():
         for key in made.filled:
-            opt._placeholders[key].discard(p)
+            if key not in ema.NAMES or opt._memory.steps is not None:  # which averages are due, the count decides
+                opt._placeholders[key].discard(p)
     opt._memory.noted -= prepared.keys()
 
 
@@ -359,7 +362,8 @@ def _rows(sums: Tensor, blocks: list[int]) -> list[tuple[float, ...]]:
 
 def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], squares: Tensor | None, whole) -> list:
     """See cpu.run_in_turn; where a group clips, or for statistics, it waits for the GPU."""
-    memory, place = opt._memory, {p: k for k, p in enumerate(_params(opt))}
+    memory = opt._memory
+    places = [k for k, p in enumerate(_params(opt)) if getattr(p, "grad", None) is not None]
     if squares is None and any(group["max_grad_norm"] for group in opt.param_groups):
         whole.squares(memory.addresses, _address(step.amp[1]), stream(memory.device))
         total = sum(row[0] for row in _rows(memory.squares.reshape(-1, 1), whole.blocks()))
@@ -370,7 +374,7 @@ def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], squ
         made, copy = prepared.get(p), in_layout_of(here, here)
         replaced = {} if made is None else {p: (made.grad, made.fresh, copy)}
         one = spec(gs, [p], gs.slots, gs.counters, gs.averages())
-        if table.gather([one], opt.state, replaced, step.inv_grad_scale, number(memory.device), place[p]):
+        if table.gather([one], opt.state, replaced, step.inv_grad_scale, number(memory.device), places[k]):
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
         table.run(*arguments(opt, table, step, squares, k == 0))
         table.mark_written(cpu.increment_version)
