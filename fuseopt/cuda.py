@@ -234,6 +234,12 @@ def check_capture(opt) -> None:
             "step() is being captured into a CUDA graph, but a schedule of pruning is not over, masks are to be "
             "recomputed, or buffers are averaged, which Python does; capture after the schedule, or leave them out"
         )
+    shared = opt.defaults["sharded"] or any(map(distributed.is_dtensor, _params(opt)))
+    if shared and (opt.defaults["statistics"] or any(group["max_grad_norm"] for group in opt.param_groups)):
+        raise RuntimeError(
+            "step() is being captured into a CUDA graph, but processes find the norm or statistics together, for which "
+            "they wait; leave out max_grad_norm and statistics, or do not capture"
+        )
 
 
 WARM_UP = (
@@ -278,7 +284,8 @@ def norm(opt, table, step: plan.Step) -> Tensor | None:
     memory.make_room(opt, table)
     table.squares(memory.addresses, _address(step.amp[1]), stream(memory.device))
     lengths = torch.tensor(table.blocks(), device=memory.device)
-    rows = torch.segment_reduce(memory.squares[: table.block_count], "sum", lengths=lengths).unsqueeze(1)
+    squares = memory.squares[: table.block_count].unsqueeze(1)  # of one dimension, torch would add in another order
+    rows = torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True)  # its checks wait for the GPU
     memory.total = distributed.total(opt, table.params(), rows, 1)  # held until the kernel has read it
     return memory.total
 

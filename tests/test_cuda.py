@@ -381,9 +381,11 @@ def test_an_average_that_no_step_filled_is_no_value():
     opts = pair(BY_NAME["adamw"], ema=EMA(0.9, start=1))
     for opt in opts:
         set_gradients(all_params(opt), 1)
+        late = all_params(opt)[1]
+        gradient, late.grad = late.grad, None
         opt.found_inf = infinite(1.0)
         opt.step()
-        opt.found_inf = None
+        late.grad, opt.found_inf = gradient, None
         opt.step()
         with opt.swap_ema():
             assert not any(p.isnan().any() for p in all_params(opt))
@@ -422,3 +424,13 @@ def test_a_parameter_with_gaps_that_is_listed_twice():
             opt.step()
         results.append(p.detach().clone())
     assert torch.equal(*results)
+
+
+def test_a_capture_where_processes_sum_up_is_refused(monkeypatch):
+    _, opt = pair(BY_NAME["adamw"], max_grad_norm=1.0, capturable=True)
+    set_gradients(all_params(opt), 1)
+    opt.step()
+    opt.defaults["sharded"] = True  # as though it had been given
+    monkeypatch.setattr(cuda, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="processes"):
+        opt.step()
