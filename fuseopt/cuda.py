@@ -45,6 +45,8 @@ def unavailable() -> str | None:
         return "this torch was built without CUDA; install one with it (pytorch.org)"
     if not torch.cuda.is_available():
         return f"there is no NVIDIA driver that works: {native.driver() or 'torch cannot use it'}"
+    if said := native.driver():  # torch brings a CUDA of its own, which may ask less of the driver
+        return f"the NVIDIA driver does not run fuseopt._CUDA: {said}; update it, or compile with an older nvcc"
     return None
 
 

@@ -434,3 +434,15 @@ def test_a_capture_where_processes_sum_up_is_refused(monkeypatch):
     monkeypatch.setattr(cuda, "capturing", lambda: True)
     with pytest.raises(RuntimeError, match="processes"):
         opt.step()
+
+
+def test_a_driver_too_old_for_the_module_is_told(monkeypatch):
+    class Old:
+        driver = staticmethod(lambda: "CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(cuda, "unavailable", emulated.REAL["unavailable"])
+    monkeypatch.setattr(cuda, "native", Old)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="insufficient"):
+        fuseopt.AdamW([torch.nn.Parameter(torch.ones(3))], backend="cuda")
