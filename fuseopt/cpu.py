@@ -58,7 +58,7 @@ def gather(opt, step: plan.Step, replaced: dict) -> tuple:
     may step the same optimizer.
     """
     table = opt.__dict__.pop("_table", None)
-    if table is None:
+    if not isinstance(table, native.TensorTable):  # none yet, or a GPU's, where the parameters were before
         table = native.TensorTable()
     specs = [spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages()) for gs in step.groups]
     return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale)

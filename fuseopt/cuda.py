@@ -46,6 +46,8 @@ def unavailable() -> str | None:
         return "this torch was built without CUDA; install one with it (pytorch.org)"
     if not torch.cuda.is_available():
         return f"there is no NVIDIA driver that works: {native.driver() or 'torch cannot use it'}"
+    if said := native.driver():  # torch brings a CUDA of its own, which may ask less of the driver
+        return f"the NVIDIA driver does not run fuseopt._CUDA: {said}; update it, or compile with an older nvcc"
     return None
 
 
@@ -159,7 +161,7 @@ def settle(opt) -> None:
     memory = opt.__dict__.get("_memory")
     if memory is None:
         return
-    if memory.steps is None:
+    if memory.steps is None or memory.captured:  # replays count without Python
         memory.steps = memory.least = int(memory.control[0])
         for group in opt.param_groups:
             group["steps"] = memory.steps
@@ -180,7 +182,8 @@ def loaded(opt) -> None:
     if memory is not None:
         memory.fresh.zero_()
         memory.noted.clear()
-        memory.least = opt._steps()
+        memory.steps = memory.least = opt._steps()
+        memory.control[0] = float(memory.steps)
 
 
 def _params(opt) -> list[Tensor]:
@@ -235,6 +238,12 @@ def check_capture(opt) -> None:
             "step() is being captured into a CUDA graph, but a schedule of pruning is not over or has not begun, masks "
             "are to be recomputed, or buffers are averaged, which Python does; capture later, or leave them out"
         )
+    shared = opt.defaults["sharded"] or any(map(distributed.is_dtensor, _params(opt)))
+    if shared and (opt.defaults["statistics"] or any(group["max_grad_norm"] for group in opt.param_groups)):
+        raise RuntimeError(
+            "step() is being captured into a CUDA graph, but processes find the norm or statistics together, for which "
+            "they wait; leave out max_grad_norm and statistics, or do not capture"
+        )
 
 
 WARM_UP = (
@@ -279,7 +288,8 @@ def norm(opt, table, step: plan.Step) -> Tensor | None:
     memory.make_room(opt, table)
     table.squares(memory.addresses, _address(step.amp[1]), stream(memory.device))
     lengths = torch.tensor(table.blocks(), device=memory.device)
-    rows = torch.segment_reduce(memory.squares[: table.block_count], "sum", lengths=lengths).unsqueeze(1)
+    squares = memory.squares[: table.block_count].unsqueeze(1)  # of one dimension, torch would add in another order
+    rows = torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True)  # its checks wait for the GPU
     memory.total = distributed.total(opt, table.params(), rows, 1)  # held until the kernel has read it
     return memory.total
 
@@ -301,7 +311,8 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
     """Tell the kernels which moments are new; for rules that do not count steps."""
     memory = opt._memory
     memory.make_room(opt, table)
-    new = [(k, p) for k, p in enumerate(_params(opt)) if p in prepared and prepared[p].fresh]
+    told = {p for p in memory.noted if any(p in of for key, of in opt._placeholders.items() if key not in ema.NAMES)}
+    new = [(k, p) for k, p in enumerate(_params(opt)) if p in prepared and prepared[p].fresh and p not in told]
     if new:  # one that is listed twice starts twice, as in torch
         memory.fresh[[k for k, _ in new]] = 1.0
         memory.noted.update(p for _, p in new)
@@ -310,7 +321,7 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
 def notes(opt, step: plan.Step) -> list[Iterable]:
     """See cpu.notes. Whether a step counts is known if no found_inf could stop it, and no graph holds it."""
     memory = opt._memory
-    known = not step.captured and step.amp[0] is None and memory.steps is not None
+    known = not (memory.captured or step.captured) and step.amp[0] is None and memory.steps is not None
     now = {"captured": memory.captured or step.captured, "steps": step.t if known else None}
     now["least"] = step.t if known else memory.least
     return [map(setattr, repeat(memory), now.keys(), now.values())]
@@ -338,7 +349,8 @@ def give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared
         return
     for p, made in prepared.items():
         for key in made.filled:
-            opt._placeholders[key].discard(p)
+            if key not in ema.NAMES or opt._memory.steps is not None:  # which averages are due, the count decides
+                opt._placeholders[key].discard(p)
     opt._memory.noted -= prepared.keys()
 
 
@@ -361,7 +373,8 @@ def _rows(sums: Tensor, blocks: list[int]) -> list[tuple[float, ...]]:
 
 def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], squares: Tensor | None, whole) -> list:
     """See cpu.run_in_turn; where a group clips, or for statistics, it waits for the GPU."""
-    memory, place = opt._memory, {p: k for k, p in enumerate(_params(opt))}
+    memory = opt._memory
+    places = [k for k, p in enumerate(_params(opt)) if getattr(p, "grad", None) is not None]
     if squares is None and any(group["max_grad_norm"] for group in opt.param_groups):
         whole.squares(memory.addresses, _address(step.amp[1]), stream(memory.device))
         total = sum(row[0] for row in _rows(memory.squares.reshape(-1, 1), whole.blocks()))
@@ -372,7 +385,7 @@ def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], squ
         made, copy = prepared.get(p), in_layout_of(here, here)
         replaced = {} if made is None else {p: (made.grad, made.fresh, copy)}
         one = spec(gs, [p], gs.slots, gs.counters, gs.averages())
-        if table.gather([one], opt.state, replaced, step.inv_grad_scale, number(memory.device), place[p]):
+        if table.gather([one], opt.state, replaced, step.inv_grad_scale, number(memory.device), places[k]):
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
         table.run(*arguments(opt, table, step, squares, k == 0))
         table.mark_written(cpu.increment_version)

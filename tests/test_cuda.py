@@ -358,3 +358,91 @@ def test_parameters_elsewhere_are_refused(monkeypatch):
     monkeypatch.setattr(cuda, "DEVICE", "cuda")
     with pytest.raises(ValueError, match="is on cpu and backend='cuda' was asked for"):
         opt.step()
+
+
+def test_momentum_goes_on_under_a_scaler_where_another_parameter_is_late():
+    a = parameters(SHAPES)
+    b = like(a)
+    opts = [fuseopt.SGD(ps, lr=0.1, momentum=0.9, backend=name) for ps, name in ((a, "cpu"), (b, "cuda"))]
+    for t in range(1, 5):
+        for opt in opts:
+            if t == 1:
+                opt.mask(all_params(opt)[1], torch.ones(5, dtype=torch.bool))  # makes moments without a value
+            set_gradients(all_params(opt), t)
+            if t < 3:
+                all_params(opt)[2].grad = None
+            opt.found_inf = infinite(0.0)
+            opt.step()
+        for x, y in zip(a, b, strict=True):
+            assert_same_bits(x, y)
+
+
+def test_an_average_that_no_step_filled_is_no_value():
+    opts = pair(BY_NAME["adamw"], ema=EMA(0.9, start=1))
+    for opt in opts:
+        set_gradients(all_params(opt), 1)
+        late = all_params(opt)[1]
+        gradient, late.grad = late.grad, None
+        opt.found_inf = infinite(1.0)
+        opt.step()
+        late.grad, opt.found_inf = gradient, None
+        opt.step()
+        with opt.swap_ema():
+            assert not any(p.isnan().any() for p in all_params(opt))
+
+
+def test_replays_after_a_checkpoint_are_counted(monkeypatch):
+    opt = pair(BY_NAME["sgd-momentum"], ema=EMA(0.9))[1]
+    set_gradients(all_params(opt), 1)
+    opt.step()
+    monkeypatch.setattr(cuda, "capturing", lambda: True)
+    opt.step()
+    monkeypatch.setattr(cuda, "capturing", lambda: False)
+    for steps in (3, 4):
+        opt._memory.control[0] += 1  # as a replay does
+        assert opt.state_dict()["param_groups"][0]["steps"] == steps
+
+
+def test_parameters_may_move_to_the_cpu():
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fuseopt.SGD([p], lr=0.1, backend="cuda")
+    p.grad = torch.ones(3)
+    opt.step()
+    opt.defaults["backend"] = "cpu"
+    opt.step()
+    assert torch.allclose(p, torch.tensor(0.8))
+
+
+def test_a_parameter_with_gaps_that_is_listed_twice():
+    results = []
+    for name in ("cpu", "cuda"):
+        p = torch.ones(10, 10)[:, ::2].requires_grad_()
+        with pytest.warns(UserWarning):
+            opt = fuseopt.SGD([p, p], lr=0.1, momentum=0.9, backend=name)
+        for t in range(1, 4):
+            p.grad = torch.full_like(p, t)
+            opt.step()
+        results.append(p.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_capture_where_processes_sum_up_is_refused(monkeypatch):
+    _, opt = pair(BY_NAME["adamw"], max_grad_norm=1.0, capturable=True)
+    set_gradients(all_params(opt), 1)
+    opt.step()
+    opt.defaults["sharded"] = True  # as though it had been given
+    monkeypatch.setattr(cuda, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="processes"):
+        opt.step()
+
+
+def test_a_driver_too_old_for_the_module_is_told(monkeypatch):
+    class Old:
+        driver = staticmethod(lambda: "CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(cuda, "unavailable", emulated.REAL["unavailable"])
+    monkeypatch.setattr(cuda, "native", Old)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="insufficient"):
+        fuseopt.AdamW([torch.nn.Parameter(torch.ones(3))], backend="cuda")
