@@ -11,6 +11,7 @@ To rebuild in place after an edit:  python setup.py build_ext --inplace [--debug
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,8 +42,9 @@ CXXFLAGS = shlex.split(
 )
 
 # As the CPU: no contraction, division and square root correctly rounded (nvcc's default).
-NVCCFLAGS = shlex.split("-std=c++17 -O3 --fmad=false --compress-mode=size -Xcompiler -fPIC,-fvisibility=hidden")
+NVCCFLAGS = shlex.split("-std=c++17 -O3 --fmad=false -Xcompiler -fPIC,-fvisibility=hidden")
 ARCHS = "75 80 90 100 120+PTX"  # machine code of x0 serves every x; PTX serves all others
+OLDER_ARCHS = "75 80 90+PTX"  # those that an nvcc before 12.8 knows, which has no --compress-mode either
 
 NOT_BUILT = """
 fuseopt: the native module fuseopt._C is NOT built. Missing: {}
@@ -100,6 +102,13 @@ def find_nvcc():
     return shutil.which(os.environ.get("NVCC") or "nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
+def release(nvcc):
+    """nvcc's version, as (12, 8); (0, 0) if it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else (0, 0)
+
+
 def cuda_headers(nvcc):
     """The folder of cuda_runtime.h: nvcc, which may be a script elsewhere, says where it lives."""
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
@@ -108,9 +117,9 @@ def cuda_headers(nvcc):
     return home.resolve() / "include"
 
 
-def architectures():
+def architectures(default):
     """[(number, with PTX)] of FUSEOPT_CUDA_ARCHS. Raises SystemExit for what is not one."""
-    words = (os.environ.get("FUSEOPT_CUDA_ARCHS") or ARCHS).replace(",", " ").split()
+    words = (os.environ.get("FUSEOPT_CUDA_ARCHS") or default).replace(",", " ").split()
     found = [(word.removesuffix("+PTX"), word.endswith("+PTX")) for word in words]
     for number, _ in found:
         if not number.isdigit() or int(number) < 75:
@@ -158,8 +167,8 @@ class NinjaBuild(build_ext):
             if ext.name != "fuseopt._CUDA":
                 raise SystemExit(message) from None
             message = (
-                f"fuseopt: compiling {ext.name} with {self.nvcc} failed, see above. It takes CUDA 12.8 or newer for all"
-                " of its architectures; FUSEOPT_CUDA_ARCHS names fewer, FUSEOPT_CUDA=0 leaves it out."
+                f"fuseopt: compiling {ext.name} with {self.nvcc} failed, see above. It takes CUDA 12.1 or newer;"
+                " FUSEOPT_CUDA=0 leaves it out."
             )
             if os.environ.get("FUSEOPT_CUDA") == "1":
                 raise SystemExit(message) from None
@@ -201,12 +210,14 @@ class NinjaBuild(build_ext):
         ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
         if not cuda:
             return cxxflags, [], f"$cxx -shared $in -o $out {ninja_flags(['-fopenmp', *strip, *ldflags])}"
-        archs = architectures()
+        old = release(self.nvcc) < (12, 8)
+        archs = architectures(OLDER_ARCHS if old else ARCHS)
         # One PTX, of the oldest: it is half the time to compile, the same machine code up to sm_90, and on Blackwell
         # code that takes a fifth fewer registers. It serves all that comes after.
         oldest = min(number for number, _ in archs)
         codes = [f"sm_{number}" for number, _ in archs] + [f"compute_{oldest}"] * any(ptx for _, ptx in archs)
-        nvccflags = [*NVCCFLAGS, "-ccbin", cxx[0], "-gencode", f"arch=compute_{oldest},code=[{','.join(codes)}]"]
+        nvccflags = [*NVCCFLAGS, *["--compress-mode=size"] * (not old), "-ccbin", cxx[0]]
+        nvccflags += ["-gencode", f"arch=compute_{oldest},code=[{','.join(codes)}]"]
         numbers = ",".join([str(n) for n, _ in archs] + [f"-{oldest}"] * any(ptx for _, ptx in archs))
         cxxflags += [f"-DFUSEOPT_CUDA_ARCHS={numbers}", f"-I{cuda_headers(self.nvcc)}"]
         passed = ["-Xlinker", ",".join(strip + ldflags)] if strip + ldflags else []

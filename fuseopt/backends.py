@@ -73,7 +73,9 @@ def begin(opt) -> plan.Step | None:
     on_gpu, captured = name == "cuda", name != "cpu" and cuda.capturing()
     if captured and not on_gpu:
         raise RuntimeError(f"step() is being captured into a CUDA graph, which backend {name!r} cannot be; use 'cuda'")
-    if on_gpu:
+    if not on_gpu:
+        cuda.leave(opt)
+    else:
         cuda.check_device(opt)
         cuda.memory_of(opt)
         if captured:
@@ -128,7 +130,7 @@ def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]])
 
 @torch.no_grad()
 def _give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
-    """The first update of an average copies the parameter: the passes do, but on the CPU do not visit what is frozen."""
+    """The first update of an average copies the parameter; the CPU's pass does not visit what is frozen."""
     if choose(opt) == "cuda":
         return cuda.give_first_values(opt, step, prepared)
     for p, made in prepared.items():

@@ -6,11 +6,11 @@ infinities. After such a step, and after one that a graph captured, Python does 
 masks to recompute, averages of buffers, has found_inf and grad_scale read on the host instead, as on the CPU.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from itertools import repeat
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ def unfit(device: torch.device) -> str | None:
     known = _unfit.get(device)
     if device not in _unfit:
         known = unavailable() or _without_code(torch.cuda.get_device_capability(device))
+        if known is None and (said := native.problem(device.index)):
+            known = f"the NVIDIA driver does not load the kernels of fuseopt._CUDA: {said}; update it"
         _unfit[device] = known
     return known
 
@@ -107,7 +109,7 @@ class Memory:
         self.scalars = self.squares = self.sums = self.fresh = self._zeros(0)
         self.steps, self.least = 0, 0
         self.total: Tensor | None = None  # the squares of all processes, of the last step
-        self.outgrown: list[Tensor] = []  # that a graph may still use
+        self.outgrown: list[Tensor] = []  # which a graph, or launches on another stream, may still use
         self.captured = False
         self.noted: set[Tensor] = set()  # parameters whose `fresh` was set; whether it still is, is not known
         self.addresses: tuple[int, ...] = ()
@@ -130,8 +132,7 @@ class Memory:
         if self.has_room(opt, table):
             return
         blocks, params = max(1, table.block_count), sum(len(group["params"]) for group in opt.param_groups)
-        if self.captured:
-            self.outgrown += [self.scalars, self.squares, self.sums, self.fresh]
+        self.outgrown += [self.scalars, self.squares, self.sums, self.fresh]
         self.scalars, self.squares = self._zeros(native.SCALARS * len(table)), self._zeros(blocks)
         self.sums = self._zeros(native.SUMS * blocks if opt.defaults["statistics"] else 0)
         fresh, self.fresh = self.fresh, self._zeros(params, torch.float32)
@@ -174,6 +175,14 @@ def settle(opt) -> None:
     for key, members in opt._placeholders.items():
         if key in ema.NAMES:
             members -= {p for p in members if not ema.is_empty(distributed.local(opt.state[p][key]))}
+
+
+def leave(opt) -> None:
+    """Another backend steps: let go of the memory, unless a graph may use it."""
+    memory = opt.__dict__.get("_memory")
+    if memory is not None and not memory.captured:
+        settle(opt)
+        opt._memory = None
 
 
 def loaded(opt) -> None:
@@ -230,6 +239,15 @@ def check_capture(opt) -> None:
     """Raise RuntimeError, with nothing changed, if a graph cannot capture this step."""
     if not all(group.get("capturable", True) for group in opt.param_groups):
         raise RuntimeError("step() is being captured into a CUDA graph, but capturable is False; pass capturable=True")
+    for group in opt.param_groups:
+        if isinstance(group["lr"], Tensor) and plan.device_lr(group) is None:
+            lr = group["lr"]
+            raise RuntimeError(
+                f"step() is being captured into a CUDA graph, but lr is a tensor of {lr.dtype} on {lr.device}, which "
+                "Python must read; make it fp32 or fp64 and lie where the parameters do"
+            )
+        if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+            raise RuntimeError("step() is being captured into a CUDA graph, but betas are tensors; give numbers")
     if not opt._memory.addresses:
         raise RuntimeError(WARM_UP)
     thresholds = [group["prune"]["begin"] for group in opt.param_groups if group["prune"]]
@@ -330,13 +348,13 @@ def notes(opt, step: plan.Step) -> list[Iterable]:
 def finish(opt, table, step: plan.Step, rows: list[Tensor] | None) -> None:
     """What is left to do after table.run."""
     if rows:
-        opt._statistics = statistics.result(
-            cpu.total_of(opt, table.params(), rows, statistics.WIDTH, table.sharded)
-        )
+        opt._statistics = statistics.result(cpu.total_of(opt, table.params(), rows, statistics.WIDTH, table.sharded))
     elif opt.defaults["statistics"]:
-        read = _reader(opt, table)
+        sums = opt._statistics
+        if not isinstance(sums, Sums) or not sums.fits(table):
+            sums = Sums(opt, table, sums)
         together = table.sharded or opt.defaults["sharded"]  # then at once: one process alone may ask for the result
-        opt._statistics = read(opt) if together else read
+        opt._statistics = sums(opt) if together else sums
     cpu.put_back(opt, table)
 
 
@@ -354,15 +372,42 @@ def give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared
     opt._memory.noted -= prepared.keys()
 
 
-def _reader(opt, table) -> Callable[[Any], Mapping[str, float]]:
-    """What opt.statistics() calls, with the optimizer, once somebody asks: the sums of the last step."""
-    memory, blocks, params, shared = opt._memory, table.blocks(), table.params(), table.sharded
+class Sums:
+    """What opt.statistics() calls, with the optimizer, once somebody asks: the sums of the last step that counted.
 
-    def read(opt) -> Mapping[str, float]:
-        rows = _rows(memory.sums.reshape(-1, native.SUMS), blocks)
-        return statistics.result(cpu.total_of(opt, params, rows, statistics.WIDTH, shared))
+    It stands for a run of steps on the same gradients; `before` is the one, or the sums, of those before them.
+    """
 
-    return read
+    def __init__(self, opt, table, before):
+        self.memory, self.blocks, self.params = opt._memory, table.blocks(), table.params()
+        self.shared = table.sharded or opt.defaults["sharded"]
+        self.first = self.memory.control[:2].clone()  # how many counted, with the first of these; was it skipped
+        self.before = before
+        if isinstance(before, Sums):
+            before.before = None
+
+    def fits(self, table) -> bool:
+        """Whether the sums of a step on this table lie as these."""
+        mine, other = self.params, table.params()
+        return len(mine) == len(other) and all(map(operator.is_, mine, other)) and self.blocks == table.blocks()
+
+    def __call__(self, opt) -> Mapping[str, float]:
+        if self._counts(float(self.memory.control[0])):
+            return self._read(opt)
+        if isinstance(self.before, Sums) and self.before._counts(float(self.first[0])):
+            return self.before._read(opt)
+        if self.before is None or isinstance(self.before, Sums):
+            raise RuntimeError("no statistics were gathered: the steps so far were skipped")
+        return self.before
+
+    def _counts(self, steps: float) -> bool:
+        """Whether one of its steps counted, as so many did in all."""
+        before, skipped = self.first.tolist()
+        return not skipped or steps > before
+
+    def _read(self, opt) -> Mapping[str, float]:
+        rows = _rows(self.memory.sums.reshape(-1, native.SUMS), self.blocks)
+        return statistics.result(cpu.total_of(opt, self.params, rows, statistics.WIDTH, self.shared))
 
 
 def _rows(sums: Tensor, blocks: list[int]) -> list[tuple[float, ...]]:

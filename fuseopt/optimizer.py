@@ -191,7 +191,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
             raise RuntimeError("step() inside swap_ema(): leave the with-block first, or the step would be lost")
         self._validate_options()
         step = backends.begin(self)
-        if step is not None and step.t == 1 and self._is_dry_run():
+        if step is not None and step.t == 1 and not step.captured and self._is_dry_run():
             plan.make_state(self, prune_masks=True)
         elif step is not None:
             backends.run(self, step)

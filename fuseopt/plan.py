@@ -55,7 +55,7 @@ class Step:
 
 def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = False) -> GroupStep:
     """Every scalar of a group at step t. Where the kernels form them, by the steps that count there."""
-    lr = _device_lr(group) if on_gpu else None
+    lr = device_lr(group) if on_gpu else None
     hyper = opt.hyper(group if lr is None else {**group, "lr": 0.0})
     options = group["prune"]
     sparsity = prune.sparsity_at(options, t)
@@ -88,7 +88,7 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = F
     )
 
 
-def _device_lr(group: dict) -> Tensor | None:
+def device_lr(group: dict) -> Tensor | None:
     """The learning rate, if it is a tensor that lies where the parameters do."""
     lr, params = group["lr"], group["params"]
     if not isinstance(lr, Tensor) or lr.dtype not in (torch.float32, torch.float64):

@@ -3,11 +3,11 @@
 import copy
 from dataclasses import dataclass, field
 
+import emulated
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-import emulated
 import fuseopt
 from fuseopt import EMA, Prune, cpu, cuda
 

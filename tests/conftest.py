@@ -7,10 +7,10 @@ if not os.environ.get("FUSEOPT_TEST_DEVICE"):
     os.environ["TRITON_INTERPRET"] = "1"  # before triton, which the construction of any torch optimizer imports
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve a shared machine
 
+import emulated
 import pytest
 import torch
 
-import emulated
 import fuseopt
 from fuseopt import cpu, torch_abi, torch_layout, triton_driver
 

@@ -9,7 +9,17 @@ import pickle
 import emulated
 import pytest
 import torch
-from cases import STAGE, BY_NAME, F32, all_params, assert_same_bits, assert_same_state, ident, like, parameters, run, set_gradients
+from cases import (
+    BY_NAME,
+    all_params,
+    assert_same_bits,
+    assert_same_state,
+    ident,
+    like,
+    parameters,
+    run,
+    set_gradients,
+)
 
 import fuseopt
 from fuseopt import EMA, Prune, cpu, cuda
@@ -446,3 +456,53 @@ def test_a_driver_too_old_for_the_module_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="insufficient"):
         fuseopt.AdamW([torch.nn.Parameter(torch.ones(3))], backend="cuda")
+
+
+def test_a_skipped_step_changes_no_statistics():
+    """Neither where the step had other gradients, nor where it is the first."""
+    params = parameters(SHAPES)
+    opt = fuseopt.AdamW(params, lr=0.1, statistics=True, backend="cuda")
+
+    def step(t, found, left_out=()):
+        set_gradients(params, t)
+        for k in left_out:
+            params[k].grad = None
+        opt.found_inf = torch.tensor(found)
+        opt.step()
+
+    step(1, 1.0)
+    with pytest.raises(RuntimeError, match="skipped"):
+        opt.statistics()
+    step(2, 0.0)
+    seen = dict(opt.statistics())
+    step(3, 1.0, left_out=[0])
+    assert dict(opt.statistics()) == seen
+    step(3, 0.0, left_out=[0])
+    step(3, 1.0, left_out=[0])  # nobody asked in between
+    assert dict(opt.statistics()) != seen
+    step(4, 0.0, left_out=[0])
+    assert dict(opt.statistics()) != seen
+
+
+def test_an_optimizer_may_leave_the_gpu_and_come_back(monkeypatch):
+    on_cpu, moving = pair(BY_NAME["sgd-momentum"], ema=EMA(0.9, start=1))
+    for t, (backend, found) in enumerate([("cuda", 1.0), ("cuda", 0.0), ("cpu", 0.0), ("torch", 0.0), ("cuda", 0.0)], 1):
+        moving.defaults["backend"] = backend
+        on_cpu.defaults["backend"] = backend if backend == "torch" else "cpu"
+        for opt in (on_cpu, moving):
+            opt.found_inf = torch.tensor(found)
+            run(opt, all_params(opt), 1, first=t)
+    assert moving.state_dict()["param_groups"][0]["steps"] == 4
+    assert_same_state(on_cpu, moving)
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(0.1, dtype=torch.bfloat16), torch.tensor(0.1, device="meta")], ids=["bf16", "elsewhere"])
+def test_a_learning_rate_that_python_must_read_is_not_captured(lr, monkeypatch):
+    params = parameters(SHAPES)
+    set_gradients(params, 1)
+    opt = fuseopt.AdamW(params, lr=torch.tensor(0.1), capturable=True, backend="cuda")
+    opt.step()
+    opt.param_groups[0]["lr"] = lr
+    monkeypatch.setattr(cuda, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=f"lr is a tensor of {lr.dtype} on {lr.device}"):
+        opt.step()

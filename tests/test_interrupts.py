@@ -2,7 +2,6 @@
 averages, slices or a selection around it.
 """
 
-import copy
 import signal
 import time
 

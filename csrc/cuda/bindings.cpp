@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "../table_bindings.h"
+#include "launch.h"
 #include "pattern.h"
 #include "select.h"
 #include "step.h"
@@ -83,6 +84,10 @@ PYBIND11_MODULE(_CUDA, m) {
       .def("prune", &prune)
       .def("prune_n_m", &n_m);
   m.def("driver", &driver);
+  m.def("problem", [](int device) {
+    const cuda::OnDevice on(device);
+    return cuda::problem();
+  }, "Why the driver does not load the kernels for a GPU; empty if it does.");
   m.def("architectures", [] { return std::vector<int>{FUSEOPT_CUDA_ARCHS}; },
         "10 * major + minor of the GPUs with machine code here; one whose PTX is here too comes negative.");
   m.attr("CONTROL") = sizeof(cuda::Control) / sizeof(double);

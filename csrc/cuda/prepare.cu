@@ -87,6 +87,12 @@ __global__ void __launch_bounds__(kLanes) prepare(const PrepareArgs __grid_const
 
 }  // namespace
 
+const char* problem() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, prepare);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 void launch_prepare(const PrepareArgs& args, cudaStream_t stream) { launch(prepare, 1, int(kLanes), stream, args); }
 
 }  // namespace cuda

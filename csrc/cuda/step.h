@@ -19,5 +19,8 @@ void squares(const TensorTable& table, const Memory& memory, const Amp& amp, cud
 void step(TensorTable& table, const Memory& memory, const Amp& amp, const double* given_squares, bool advance,
           cudaStream_t stream);
 
+// Why the driver does not load the kernels for the current GPU; empty if it does.
+const char* problem();
+
 }  // namespace cuda
 }  // namespace fuseopt

@@ -19,7 +19,8 @@ class Lion(FusedOptimizer):
         weight_decay: decoupled; usual values are 3 to 10 times larger than AdamW's.
 
     The stage options of FusedOptimizer follow by keyword. foreach and fused are accepted and
-    change nothing; capturable lets a CUDA graph capture the step. Raises ValueError for values outside these ranges, TypeError for what is no number.
+    change nothing; capturable lets a CUDA graph capture the step. Raises ValueError for values outside these
+    ranges, TypeError for what is no number.
     """
 
     def __init__(

@@ -181,6 +181,9 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorLaunchFailure) return emulation::fault.c_str();
   return error == cudaSuccess ? "no error" : error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid configuration argument";
 }
+struct cudaFuncAttributes {};
+template <class Kernel>
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }  // any number is this machine
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
