@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import buffers, cuda, ema_formats
+from . import buffers, cuda_memory, ema_formats
 from .distributed import drop_gathered, local, part, placed_alike
 from .ema_state import match, of
 from .interrupts import held
@@ -23,7 +23,7 @@ class AverageMethods:
         nested.
         """
         self._validate_options()
-        cuda.settle(self)
+        cuda_memory.settle(self)
         return swapped(self, k)
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ class AverageMethods:
         not match, or no average `k` is configured; RuntimeError for the trained model inside swap_ema().
         """
         self._validate_options()
-        cuda.settle(self)
+        cuda_memory.settle(self)
         pairs = match(self, model, k) + buffers.match(self, model, k)
         own = {id(p) for group in self.param_groups for p in group["params"]}
         if self._swapped and any(id(target) in own for target, _ in pairs):
@@ -64,7 +64,7 @@ class AverageMethods:
         match, and, save for "model", parameters that processes share.
         """
         self._validate_options()
-        cuda.settle(self)
+        cuda_memory.settle(self)
         return ema_formats.write(self, model, k, format)
 
     def load_ema_state_dict(
@@ -85,7 +85,7 @@ class AverageMethods:
         not match, or if the schedule needs a count and none is known.
         """
         self._validate_options()
-        cuda.settle(self)
+        cuda_memory.settle(self)
         ema_formats.read(self, state_dict, model, k, updates)
 
     def average_buffers(self, model: torch.nn.Module) -> None:

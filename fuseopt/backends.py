@@ -8,7 +8,20 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from . import buffers, cpu, cuda, cuda_ranker, distributed, masking, patterns, plan, reference, select, triton_driver
+from . import (
+    buffers,
+    cpu,
+    cuda,
+    cuda_memory,
+    cuda_ranker,
+    distributed,
+    masking,
+    patterns,
+    plan,
+    reference,
+    select,
+    triton_driver,
+)
 from .checks import in_layout_of, share_memory
 from .interrupts import at_once, held
 from .stages import ema
@@ -74,15 +87,15 @@ def begin(opt) -> plan.Step | None:
     if captured and not on_gpu:
         raise RuntimeError(f"step() is being captured into a CUDA graph, which backend {name!r} cannot be; use 'cuda'")
     if not on_gpu:
-        cuda.leave(opt)
+        cuda_memory.leave(opt)
     else:
         cuda.check_device(opt)
-        cuda.memory_of(opt)
+        cuda_memory.memory_of(opt, cuda.native)
         if captured:
             cuda.check_capture(opt)
         if not cuda.must_know(opt):
             return plan.Step(opt, opt._steps() + 1, 1.0, True, cuda.amp(opt), captured)
-        cuda.settle(opt)
+        cuda_memory.settle(opt)
     found_inf, scale = getattr(opt, "found_inf", None), getattr(opt, "grad_scale", None)
     if found_inf is not None and float(found_inf) != 0:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda, plan
+from . import cuda_memory, plan
 from .distributed import placed_alike
 from .options import GROUP_OPTIONS, normalise
 from .schema import compute_dtype
@@ -194,7 +194,7 @@ def _check_values(key: str, value: Any, k: int, p: Tensor) -> None:
 def load(opt, state_dict: dict[str, Any], torch_load: Callable[[dict], None]) -> None:
     """FusedOptimizer.load_state_dict, around torch's: every check comes before anything changes."""
     kept: dict = {}
-    cuda.settle(opt)
+    cuda_memory.settle(opt)
     check_form(state_dict)
 
     def last_hook(_: Any, final: dict) -> dict:  # runs after the user's own
@@ -212,7 +212,7 @@ def load(opt, state_dict: dict[str, Any], torch_load: Callable[[dict], None]) ->
     finally:
         hook.remove()
     _restore(opt, kept, own_masks)
-    cuda.loaded(opt)
+    cuda_memory.loaded(opt)
     _warn_of_fresh_starts(opt, kept)
 
 

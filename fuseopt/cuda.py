@@ -6,18 +6,17 @@ infinities. After such a step, and after one that a graph captured, Python does 
 masks to recompute, averages of buffers, has found_inf and grad_scale read on the host instead, as on the CPU.
 """
 
-import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import import_module
 from itertools import repeat
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import cpu, distributed, plan, torch_abi, torch_layout
 from .checks import check, in_layout_of, name_of
+from .cuda_memory import Sums, params_of, rows_of
 from .stages import ema, statistics
 
 DEVICE = "cuda"
@@ -93,112 +92,6 @@ def stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-# ---- memory on the GPU ------------------------------------------------------------------------------
-
-
-class Memory:
-    """What a step reads and writes on the GPU beside the state, in the order of csrc/cuda/args.h.
-
-    steps: how many steps counted, as `control` has it; None where only the GPU knows.
-    least: as many counted at least.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.control = self._zeros(native.CONTROL)
-        self.scalars = self.squares = self.sums = self.fresh = self._zeros(0)
-        self.steps, self.least = 0, 0
-        self.total: Tensor | None = None  # the squares of all processes, of the last step
-        self.outgrown: list[Tensor] = []  # which a graph, or launches on another stream, may still use
-        self.captured = False
-        self.noted: set[Tensor] = set()  # parameters whose `fresh` was set; whether it still is, is not known
-        self.addresses: tuple[int, ...] = ()
-
-    def _zeros(self, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.zeros(n, dtype=dtype, device=self.device)
-
-    def has_room(self, opt, table) -> bool:
-        """Whether a step of this table needs no allocation."""
-        return (
-            bool(self.addresses)
-            and self.scalars.numel() >= native.SCALARS * len(table)
-            and self.squares.numel() >= table.block_count
-            and (self.sums.numel() >= native.SUMS * table.block_count or not opt.defaults["statistics"])
-            and self.fresh.numel() >= sum(len(group["params"]) for group in opt.param_groups)
-        )
-
-    def make_room(self, opt, table) -> None:
-        """Allocate what a step of this table needs."""
-        if self.has_room(opt, table):
-            return
-        blocks, params = max(1, table.block_count), sum(len(group["params"]) for group in opt.param_groups)
-        self.outgrown += [self.scalars, self.squares, self.sums, self.fresh]
-        self.scalars, self.squares = self._zeros(native.SCALARS * len(table)), self._zeros(blocks)
-        self.sums = self._zeros(native.SUMS * blocks if opt.defaults["statistics"] else 0)
-        fresh, self.fresh = self.fresh, self._zeros(params, torch.float32)
-        self.fresh[: fresh.numel()] = fresh
-        every = (self.control, self.scalars, self.squares, self.sums, self.fresh)
-        self.addresses = tuple(x.data_ptr() if x.numel() else 0 for x in every)
-
-    def count_from(self, steps: int) -> None:
-        """Have the GPU count on from this number."""
-        if self.steps is not None and self.steps != steps:
-            self.control[0] = float(steps)
-            self.steps = self.least = steps
-
-
-def memory_of(opt) -> Memory:
-    """An optimizer's memory on the device of its parameters, made anew where they moved."""
-    device = next(p.device for group in opt.param_groups for p in group["params"])
-    found = opt.__dict__.get("_memory")
-    if found is None or found.device != device:
-        settle(opt)
-        found = opt._memory = Memory(device)
-    return found
-
-
-def settle(opt) -> None:
-    """Find out what only the GPU knew: how many steps counted, and what of the state has a value. Waits for it."""
-    memory = opt.__dict__.get("_memory")
-    if memory is None:
-        return
-    if memory.steps is None or memory.captured:  # replays count without Python
-        memory.steps = memory.least = int(memory.control[0])
-        for group in opt.param_groups:
-            group["steps"] = memory.steps
-    if memory.noted:
-        fresh = dict(zip(_params(opt), memory.fresh.tolist(), strict=False))
-        used = {p for p in memory.noted if not fresh.get(p)}
-        memory.noted -= used
-        for key, members in opt._placeholders.items():
-            members -= used if key not in ema.NAMES else set()
-    for key, members in opt._placeholders.items():
-        if key in ema.NAMES:
-            members -= {p for p in members if not ema.is_empty(distributed.local(opt.state[p][key]))}
-
-
-def leave(opt) -> None:
-    """Another backend steps: let go of the memory, unless a graph may use it."""
-    memory = opt.__dict__.get("_memory")
-    if memory is not None and not memory.captured:
-        settle(opt)
-        opt._memory = None
-
-
-def loaded(opt) -> None:
-    """After a checkpoint was loaded: what is new is told by the placeholders again."""
-    memory = opt.__dict__.get("_memory")
-    if memory is not None:
-        memory.fresh.zero_()
-        memory.noted.clear()
-        memory.steps = memory.least = opt._steps()
-        memory.control[0] = float(memory.steps)
-
-
-def _params(opt) -> list[Tensor]:
-    return [p for group in opt.param_groups for p in group["params"]]
-
-
 # ---- the start of a step ----------------------------------------------------------------------------
 
 
@@ -256,7 +149,7 @@ def check_capture(opt) -> None:
             "step() is being captured into a CUDA graph, but a schedule of pruning is not over or has not begun, masks "
             "are to be recomputed, or buffers are averaged, which Python does; capture later, or leave them out"
         )
-    shared = opt.defaults["sharded"] or any(map(distributed.is_dtensor, _params(opt)))
+    shared = opt.defaults["sharded"] or any(map(distributed.is_dtensor, params_of(opt)))
     if shared and (opt.defaults["statistics"] or any(group["max_grad_norm"] for group in opt.param_groups)):
         raise RuntimeError(
             "step() is being captured into a CUDA graph, but processes find the norm or statistics together, for which "
@@ -330,7 +223,7 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
     memory = opt._memory
     memory.make_room(opt, table)
     told = {p for p in memory.noted if any(p in of for key, of in opt._placeholders.items() if key not in ema.NAMES)}
-    new = [(k, p) for k, p in enumerate(_params(opt)) if p in prepared and prepared[p].fresh and p not in told]
+    new = [(k, p) for k, p in enumerate(params_of(opt)) if p in prepared and prepared[p].fresh and p not in told]
     if new:  # one that is listed twice starts twice, as in torch
         memory.fresh[[k for k, _ in new]] = 1.0
         memory.noted.update(p for _, p in new)
@@ -372,57 +265,13 @@ def give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared
     opt._memory.noted -= prepared.keys()
 
 
-class Sums:
-    """What opt.statistics() calls, with the optimizer, once somebody asks: the sums of the last step that counted.
-
-    It stands for a run of steps on the same gradients; `before` is the one, or the sums, of those before them.
-    """
-
-    def __init__(self, opt, table, before):
-        self.memory, self.blocks, self.params = opt._memory, table.blocks(), table.params()
-        self.shared = table.sharded or opt.defaults["sharded"]
-        self.first = self.memory.control[:2].clone()  # how many counted, with the first of these; was it skipped
-        self.before = before
-        if isinstance(before, Sums):
-            before.before = None
-
-    def fits(self, table) -> bool:
-        """Whether the sums of a step on this table lie as these."""
-        mine, other = self.params, table.params()
-        return len(mine) == len(other) and all(map(operator.is_, mine, other)) and self.blocks == table.blocks()
-
-    def __call__(self, opt) -> Mapping[str, float]:
-        if self._counts(float(self.memory.control[0])):
-            return self._read(opt)
-        if isinstance(self.before, Sums) and self.before._counts(float(self.first[0])):
-            return self.before._read(opt)
-        if self.before is None or isinstance(self.before, Sums):
-            raise RuntimeError("no statistics were gathered: the steps so far were skipped")
-        return self.before
-
-    def _counts(self, steps: float) -> bool:
-        """Whether one of its steps counted, as so many did in all."""
-        before, skipped = self.first.tolist()
-        return not skipped or steps > before
-
-    def _read(self, opt) -> Mapping[str, float]:
-        rows = _rows(self.memory.sums.reshape(-1, native.SUMS), self.blocks)
-        return statistics.result(cpu.total_of(opt, self.params, rows, statistics.WIDTH, self.shared))
-
-
-def _rows(sums: Tensor, blocks: list[int]) -> list[tuple[float, ...]]:
-    """The sums of each tensor, those of its blocks added up in order. Waits for the GPU."""
-    parts = np.split(sums[: sum(blocks)].cpu().numpy(), np.cumsum(blocks)[:-1]) if blocks else []
-    return [tuple(part.cumsum(0)[-1]) if len(part) else (0.0,) * sums.shape[1] for part in parts]
-
-
 def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], squares: Tensor | None, whole) -> list:
     """See cpu.run_in_turn; where a group clips, or for statistics, it waits for the GPU."""
     memory = opt._memory
-    places = [k for k, p in enumerate(_params(opt)) if getattr(p, "grad", None) is not None]
+    places = [k for k, p in enumerate(params_of(opt)) if getattr(p, "grad", None) is not None]
     if squares is None and any(group["max_grad_norm"] for group in opt.param_groups):
         whole.squares(memory.addresses, _address(step.amp[1]), stream(memory.device))
-        total = sum(row[0] for row in _rows(memory.squares.reshape(-1, 1), whole.blocks()))
+        total = sum(row[0] for row in rows_of(memory.squares.reshape(-1, 1), whole.blocks()))
         squares = torch.tensor(total, dtype=torch.float64, device=memory.device)
     rows, table = [], native.TensorTable()
     for k, (gs, p) in enumerate(plan.stepped(step)):
@@ -437,6 +286,6 @@ def run_in_turn(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared], squ
         if copy is not here:
             here.copy_(copy)
         if opt.defaults["statistics"]:
-            rows += _rows(memory.sums.reshape(-1, native.SUMS), table.blocks())
+            rows += rows_of(memory.sums.reshape(-1, statistics.WIDTH), table.blocks())
     table.release()
     return rows

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from . import cuda, plan, ranking
+from . import cuda_memory, plan, ranking
 from .checks import find, name_of, unknown_name
 from .distributed import aligned, is_dtensor, local, whole
 from .masks import Ranking, new_rows, nonzero
@@ -90,7 +90,7 @@ class MaskMethods:
             if keep is not None:
                 raise TypeError(f"mask of {', '.join(name for _, name in found)}: give either keep or fn, not both")
             check_dynamic(fn, every)
-            cuda.settle(self)
+            cuda_memory.settle(self)
             plan.make_state(self)  # torch.distributed.checkpoint takes any state for a whole one
             start(self, fn, every, [p for p, _ in found], mode == "freeze")
             return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import averages, backends, checkpoint, cuda, distributed, ema_state, explain, masking, plan, pruning
+from . import averages, backends, checkpoint, cuda_memory, distributed, ema_state, explain, masking, plan, pruning
 from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
@@ -127,7 +127,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
                 if name in self.defaults:
                     param_group.setdefault(name, copy.deepcopy(self.defaults[name]))
             normalise(param_group)
-            cuda.settle(self)
+            cuda_memory.settle(self)
             param_group["steps"] = self._steps()  # not what another optimizer left in the caller's dict
         super().add_param_group(param_group)
         drop_whole(param_group)
@@ -136,7 +136,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         self.__dict__.setdefault("_tracked", [])
 
     def __getstate__(self) -> dict[str, Any]:
-        cuda.settle(self)
+        cuda_memory.settle(self)
         return super().__getstate__()
 
     def __setstate__(self, state: dict) -> None:
@@ -236,7 +236,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with masks and averages among the state. Tensors, numbers, strings, lists, dicts only."""
         self._validate_options()
-        cuda.settle(self)
+        cuda_memory.settle(self)
         return checkpoint.outgoing(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

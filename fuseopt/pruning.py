@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import custom_from_mask
 
-from . import cuda
+from . import cuda_memory
 from .checks import find, name_of
 from .distributed import Parts, drop_gathered, is_dtensor, local, whole
 from .interrupts import held
@@ -43,7 +43,7 @@ class PruneMethods:
             raise TypeError(f"Invalid model: {type(model).__name__}; give the torch.nn.Module, or None")
         if self._swapped:
             raise RuntimeError("finalize_pruning() inside swap_ema(): leave the with-block first")
-        cuda.settle(self)
+        cuda_memory.settle(self)
         every = dict.fromkeys(p for group in self.param_groups for p in group["params"])
         pruned = {p: self.prune_mask(p) for p in every if "prune_mask" in self.state.get(p, {})}
         places = [] if model is None else [(place, p) for p in pruned for place in _places(self, model, p)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fuseopt
-from fuseopt import EMA, Prune, cpu, cuda
+from fuseopt import EMA, Prune, cpu, cuda_memory
 
 STEPS = 3
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -266,7 +266,7 @@ class Snapshot:
 
     def assert_values_unchanged(self) -> None:
         """What holds after a step that the GPU skipped: Python launched it, made state and counted versions up."""
-        cuda.settle(self.opt)
+        cuda_memory.settle(self.opt)
         for i, (p, value, _, _) in enumerate(self.params):
             assert_same_bits(p, value, f"parameter {i}")
         self.assert_gradients_unchanged()

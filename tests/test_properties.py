@@ -28,7 +28,7 @@ from cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fuseopt import EMA, Prune, cuda, masks
+from fuseopt import EMA, Prune, cuda_memory, masks
 from fuseopt.plan import is_placeholder
 from fuseopt.stages import mask as stored
 
@@ -227,7 +227,7 @@ def test_any_combination_agrees_with_the_oracle_and_keeps_the_promises(case):
 
 def empty_entries(opt, p) -> set[str]:
     """What the state of p holds that was made but has had no value yet."""
-    cuda.settle(opt)
+    cuda_memory.settle(opt)
     return {key for key in opt.state.get(p, {}) if is_placeholder(opt, p, key)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cuda import settle
+from ..cuda_memory import settle
 from ..stages.mask import unfold
 from . import recipe
 from .judge import Interval
