@@ -18,13 +18,17 @@ def install() -> str | None:
         module = build.load()
     except (ImportError, RuntimeError) as error:
         return str(error)
+    put_in_place(module)
+    return None
+
+
+def put_in_place(module) -> None:
     cpu.connect(module, *torch_abi.find(), torch_layout.find())
     cuda.native, cuda.why_not, cuda.DEVICE = module, None, "cpu"
     cuda.unavailable = lambda: None
     cuda.unfit = lambda device: None
     cuda.capturing = lambda: False
     cuda.stream = lambda device: 0
-    return None
 
 
 REAL = {name: getattr(cuda, name) for name in ("unavailable", "unfit", "capturing", "stream")}

@@ -4,6 +4,7 @@ The kernels run on the CPU; tests/test_rules.py, test_stages.py and others run t
 """
 
 import copy
+import ctypes
 import pickle
 
 import emulated
@@ -274,6 +275,18 @@ def test_a_steady_step_allocates_nothing_and_reads_nothing(monkeypatch):
     opt.step()
     monkeypatch.undo()
     assert opt.statistics()["zeros"] > 0
+
+
+@pytest.mark.parametrize("tensors, launches", [(1, 3), (300, 3), (1000, 6)])
+def test_a_step_is_three_launches(tensors, launches):
+    """The norm, the scalars, the update; more only when a launch's table is full: of 500 rows or so with an average."""
+    counter = ctypes.c_int.in_dll(ctypes.CDLL(cuda.native.__file__), "emulated_launches")
+    params = parameters([(5,)] * tensors)
+    opt = fuseopt.AdamW(params, lr=0.1, max_grad_norm=0.5, ema=EMA(0.9), statistics=True, backend="cuda")
+    run(opt, params, 1)
+    before = counter.value
+    run(opt, params, 1, first=2)
+    assert counter.value - before == launches
 
 
 def test_statistics_are_of_the_last_step_when_they_are_read():

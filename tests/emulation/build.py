@@ -77,9 +77,13 @@ def build(sanitize: bool = False) -> Path:
 
 
 def load() -> ModuleType:
-    """The module, with the sanitizers where FUSEOPT_SANITIZE=1; under another name than the real one's, or that
-    would be given."""
-    spec = importlib.util.spec_from_file_location("emulation._CUDA", build(os.environ.get("FUSEOPT_SANITIZE") == "1"))
+    """The module, with the sanitizers where FUSEOPT_SANITIZE=1."""
+    return load_from(build(os.environ.get("FUSEOPT_SANITIZE") == "1"), "emulation")
+
+
+def load_from(path: Path, package: str) -> ModuleType:
+    """A module under a name of its own: of one that was imported already, that would be given again."""
+    spec = importlib.util.spec_from_file_location(f"{package}._CUDA", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -172,8 +172,12 @@ cudaError_t run(void (*body)(P...), dim3 grid, dim3 block, void** args, size_t s
 }  // namespace emulation
 
 inline double* dynamic_shared() { return emulation::shared_memory.get(); }
+// How many kernels were launched, for a test to read.
+extern "C" __attribute__((visibility("default"))) inline int emulated_launches = 0;
+
 template <class... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
+  ++emulated_launches;
   return emulation::run(kernel, grid, block, args, shared, std::index_sequence_for<P...>());
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulation::last, cudaSuccess); }
