@@ -26,6 +26,7 @@ NO_COMPILER = {
 def run(command, cwd, env=None, ok=True):
     """Run a command; return its output and errors together; fail the test if it ends otherwise than `ok` says."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("FUSEOPT_", "PYTHONPATH", "CXX", "LDFLAGS"))}
+    keep["FUSEOPT_CUDA"] = "0"  # unless env asks for it
     done = subprocess.run(
         command, cwd=cwd, env=keep | (env or {}), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -85,7 +86,7 @@ def test_sdist_holds_every_source_file(sdist):
 def test_wheel_holds_packages_and_their_data(bare):
     _, site = bare
     here = {n for n in files(site) if ".dist-info/" not in n}
-    expected = {f"fuseopt/{n}" for n in files(ROOT / "fuseopt") if "__pycache__" not in n and "_C." not in n}
+    expected = {f"fuseopt/{n}" for n in files(ROOT / "fuseopt") if "__pycache__" not in n and not n.startswith("_C")}
     expected |= {f"fuseopt/kernels/{n}" for n in files(ROOT / "kernels") if "__pycache__" not in n}
     assert here == expected
 
@@ -189,14 +190,14 @@ def in_module(home, code):
 @needs_compiler
 def test_rebuilds_only_what_changed_and_reports_errors(small):
     first = build_inplace(small)
-    assert "bindings.cpp" in first and "other.cpp" in first
+    assert "bindings.cpp' -o" in first and "other.cpp' -o" in first
     assert in_module(small, "C.answer()") == "42"
 
     assert "no work to do" in build_inplace(small)
 
     (small / "csrc/answer.h").write_text("#define ANSWER 5\nint other();\n")
     again = build_inplace(small)
-    assert "bindings.cpp" in again and "other.cpp" not in again
+    assert "bindings.cpp' -o" in again and "other.cpp' -o" not in again
     assert in_module(small, "C.answer()") == "7"
 
     (small / "csrc/cpu/other.cpp").write_text("int other() { return nonsense; }\n")
@@ -221,6 +222,25 @@ def test_openmp_pool_is_torchs(small):
     assert in_module(small, code) == "1 3"
 
 
+@needs_compiler
+def test_fuseopt_cuda(small):
+    """What a missing nvcc, a wrong architecture and a failure say; without being asked for, none of it is fatal."""
+    nowhere = {"NVCC": "/nonexistent/nvcc", "CUDA_HOME": "/nonexistent"}
+    log = build_inplace(small, nowhere | {"FUSEOPT_CUDA": "1"}, ok=False)
+    assert "FUSEOPT_CUDA=1, but nvcc was not found" in log and "Traceback" not in log
+    build_inplace(small, nowhere | {"FUSEOPT_CUDA": ""})
+    fake = small / "nvcc"
+    fake.write_text("#!/bin/sh\necho 'release 13.0'\n")
+    fake.chmod(0o755)
+    log = build_inplace(small, {"NVCC": str(fake), "FUSEOPT_CUDA": "1", "FUSEOPT_CUDA_ARCHS": "80 hopper"}, ok=False)
+    assert "FUSEOPT_CUDA_ARCHS holds 'hopper'" in log and "Traceback" not in log
+    log = build_inplace(small, {"NVCC": str(fake), "FUSEOPT_CUDA": "1"}, ok=False)
+    assert "only nvcc may see this" in log and "FUSEOPT_CUDA=0 leaves it out" in log and "Traceback" not in log
+    assert "FUSEOPT_CUDA=0 leaves it out" in build_inplace(small, {"NVCC": str(fake), "FUSEOPT_CUDA": ""})
+    assert in_module(small, "C.answer()") == "42" and not list(small.glob("fuseopt/_CUDA*"))
+
+
+@needs_compiler
 def test_fuseopt_native(small):
     nowhere = {"CXX": "/nonexistent/g++"}
     assert "NOT built" not in build_inplace(small, {"FUSEOPT_NATIVE": "0"})
