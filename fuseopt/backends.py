@@ -94,7 +94,7 @@ def begin(opt) -> plan.Step | None:
         if captured:
             cuda.check_capture(opt)
         if not cuda.must_know(opt):
-            return plan.Step(opt, opt._steps() + 1, 1.0, True, cuda.amp(opt), captured)
+            return plan.Step(opt, opt._steps() + 1, 1.0, name, cuda.amp(opt), captured)
         cuda_memory.settle(opt)
     found_inf, scale = getattr(opt, "found_inf", None), getattr(opt, "grad_scale", None)
     if found_inf is not None and float(found_inf) != 0:
@@ -102,18 +102,18 @@ def begin(opt) -> plan.Step | None:
     scale = 1.0 if scale is None else float(scale)
     if scale == 0:
         raise ValueError("grad_scale is 0, by which no gradient can be divided; set the scale of the loss, or none")
-    return plan.Step(opt, opt._steps() + 1, 1.0 / scale, on_gpu)
+    return plan.Step(opt, opt._steps() + 1, 1.0 / scale, name)
 
 
 def run(opt, step: plan.Step) -> None:
     """Run a step, whole or not at all, on the backend that `choose` picks, and count it in the groups."""
-    name, of_buffers = choose(opt), buffers.updates(opt, step)
-    engine = ENGINES.get(name)
+    of_buffers = buffers.updates(opt, step)
+    engine = ENGINES.get(step.backend)
     if engine and _steady_step(engine, opt, step, of_buffers):
         return
     if step.captured:
         raise RuntimeError(cuda.WARM_UP)
-    update, ranker = TABLE[name]
+    update, ranker = TABLE[step.backend]
     # On the CPU counters and counts lie, whatever torch's default device; masks' functions may use that.
     with held(), masking.recomputed(opt, step), torch.device("cpu"):
         prepared = update(opt, step)
@@ -144,7 +144,7 @@ def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]])
 @torch.no_grad()
 def _give_first_values(opt, step: plan.Step, prepared: dict[Tensor, plan.Prepared]) -> None:
     """The first update of an average copies the parameter; the CPU's pass does not visit what is frozen."""
-    if choose(opt) == "cuda":
+    if step.backend == "cuda":
         return cuda.give_first_values(opt, step, prepared)
     for p, made in prepared.items():
         for key in made.filled:

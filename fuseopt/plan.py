@@ -43,13 +43,15 @@ class GroupStep:
 class Step:
     """The step number `t` (from 1) of an optimizer and its groups' scalars.
 
-    amp: (found_inf, grad_scale) where the kernels read them on the GPU. captured: a graph captures this step.
+    backend: which runs it. amp: (found_inf, grad_scale) where its kernels read them on the GPU. captured: a graph
+    captures this step.
     """
 
-    def __init__(self, opt, t: int, inv_grad_scale: float, on_gpu: bool = False, amp=(None, None), captured=False):
+    def __init__(self, opt, t: int, inv_grad_scale: float, backend: str = "cpu", amp=(None, None), captured=False):
         self.t = t
         self.inv_grad_scale = inv_grad_scale
-        self.amp, self.captured = amp, captured
+        self.backend, self.amp, self.captured = backend, amp, captured
+        on_gpu = backend == "cuda"
         self.groups = [group_step(opt, group, t, inv_grad_scale, on_gpu) for group in opt.param_groups]
 
 

@@ -179,7 +179,7 @@ class Graph:
 
     @staticmethod
     def step_of(opt):
-        return fuseopt.plan.Step(opt, 1, 1.0, True).groups
+        return fuseopt.plan.Step(opt, 1, 1.0, "cuda").groups
 
     def replay(self):
         table = cuda.native.TensorTable()
