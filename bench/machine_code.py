@@ -37,8 +37,8 @@ REGISTERS = {
 }
 # The passes over memory: no stack, whole vectors
 STREAMING = ("update", "step", "squares", "masked", "statistics", "norm", "norm-masked", "clip")
-# What is not met, so that it gets no worse: Triton's masked update spills on AMD (scalar registers for the most part,
-# to vector ones), its masked norm two words on one GPU. Nor do 16 bits have whole vectors beside statistics, see
+# What is not met, so that it gets no worse: Triton's masked update spills on AMD (into other registers: there is no
+# stack), its masked norm two words on sm_90. Nor do 16 bits have whole vectors beside statistics, see
 # kernels/aot.py; and all of these take more than 64 registers.
 SPILLS = {
     ("masked", "gfx942"): {"float32": 12, "float64": 20, "bfloat16": 72, "float16": 32},

@@ -26,7 +26,7 @@ FAULTS = {
     "many threads": ("cuda", "csrc/cuda/step.cu", "? 512 : 1024", "? 512 : 2048", "spills"),
     "few threads": ("triton", "kernels/aot.py", "else 256) // size", "else 64) // size", "registers, more than"),
     "a mask": ("triton", "kernels/step.py", "at, None, s, r", "at, alive(row, at), s, r", "0 loads of 16 bytes"),
-    "a masked norm of 32 bits by bytes": ("triton", "kernels/reduce.py", "lanes = squares_of_tile(lanes, row, begin + t * TILE, None, s, g, MASKED)", "lanes = squares_of_tile(lanes, row, begin + t * TILE, alive(row, begin + t * TILE), s, g, MASKED)", "0 loads of 16 bytes, not 1"),
+    "a mask in the norm": ("triton", "kernels/reduce.py", "lanes = squares_of_tile(lanes, row, begin + t * TILE, None, s, g, MASKED)", "lanes = squares_of_tile(lanes, row, begin + t * TILE, alive(row, begin + t * TILE), s, g, MASKED)", "0 loads of 16 bytes, not 1"),
     "no promise of alignment": (
         "triton",
         "kernels/table.py",
