@@ -177,6 +177,7 @@ def triton_kernels(root: Path, archs: list[int]) -> list[Kernel]:
     the norm and the clipping factor. For NVIDIA and AMD."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
     sys.path.insert(0, str(root))
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
     from kernels import aot, rules
@@ -195,8 +196,9 @@ def triton_kernels(root: Path, archs: list[int]) -> list[Kernel]:
                 triton_kernel(f"{kind} adam {dtype}", aot.build("adam", dtype, target, **{kind: True}), target, least)
             )
         for kind, masked in (("norm", False), ("norm-masked", True)):
-            kernels.append(triton_kernel(f"{kind} {dtype}", norm(dtype, target, masked), target, (twice(dtype), 0)))
-    return kernels + [triton_kernel("clip", clip(target), target, (0, 0)) for target in targets]
+            built = reduction("grad_norm", dtype, target, MASKED=masked, DTYPE=getattr(tl, dtype))
+            kernels.append(triton_kernel(f"{kind} {dtype}", built, target, (twice(dtype), 0)))
+    return kernels + [triton_kernel("clip", reduction("clip", "float32", target), target, (0, 0)) for target in targets]
 
 
 def twice(dtype: str) -> int:
@@ -210,38 +212,18 @@ def triton_kernel(name: str, built, target, least) -> Kernel:
     return Kernel("triton", name, target.arch if amd else f"sm_{target.arch}", **facts, **expected(least))
 
 
-def norm(dtype: str, target, masked: bool):
-    """reduce.grad_norm, compiled for a target."""
-    import triton.language as tl
-
-    from kernels import reduce
-
-    number = "*fp64" if dtype == "float64" else "*fp32"
-    signature = {"table": "*i64", "tensors": "i32", "scalars": number, "sums": "*fp64"}
-    return jit(reduce.grad_norm, signature, {"MASKED": masked, "DTYPE": getattr(tl, dtype)}, dtype, target)
-
-
-def clip(target):
-    """reduce.clip, compiled for a target as it is launched beside fp32."""
-    from kernels import reduce
-
-    signature = {
-        "sums": "*fp64",
-        "blocks": "i32",
-        "bounds": "*fp64",
-        "groups": "i32",
-        "wide": "*fp64",
-        "narrow": "*fp32",
-    }
-    return jit(reduce.clip, signature, {}, "float32", target)
-
-
-def jit(kernel, signature: dict, constants: dict, dtype: str, target):
+def reduction(name: str, dtype: str, target, **constants):
+    """grad_norm or clip of kernels/reduce.py, compiled for a target as it is launched beside this dtype."""
     import triton
 
-    from kernels import aot
+    from kernels import aot, reduce
 
-    source = triton.compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+    number = "*fp64" if dtype == "float64" else "*fp32"
+    signature = {
+        "grad_norm": {"table": "*i64", "tensors": "i32", "scalars": number, "sums": "*fp64"},
+        "clip": dict(sums="*fp64", blocks="i32", bounds="*fp64", groups="i32", wide="*fp64", narrow="*fp32"),
+    }[name] | dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(getattr(reduce, name), signature, constants)
     return triton.compile(source, target=target, options=aot.options(dtype, target.warp_size))
 
 
