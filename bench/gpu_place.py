@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if str(ROOT) not in fuseopt.__path__:
     fuseopt.__path__.append(str(ROOT))  # kernels/ lies beside fuseopt/
 import cases  # noqa: E402, F401  also for those that import this
 import emulated  # noqa: E402
+import measure  # noqa: E402
 
 if DRY:
     import interpreter
@@ -31,6 +33,21 @@ DEVICE = "cpu" if DRY else "cuda"
 BACKENDS = ("cuda", "triton")
 if DRY and emulated.why_not:
     raise SystemExit(emulated.why_not)
+
+
+def attempt(run: Callable[[], dict], who: str = "") -> dict:
+    """What run() returns, or how it ended, under a key that ends in "error": then the section fails, but goes on."""
+    try:
+        return run()
+    except Exception as error:
+        traceback.print_exc(limit=-4)
+        return {f"{who}error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def summary(samples: list[float]) -> dict:
+    """What a row says of the times of its runs."""
+    found = measure.spread(samples)
+    return {"seconds": found["median"], "quartiles": [found["low"], found["high"]], "samples": samples}
 
 
 def wait() -> None:

@@ -1,7 +1,7 @@
 """Sections of gpu_check.py that time: a plain step beside a copy, the whole pass beside torch's recipes."""
 
 import math
-import statistics
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ import measure
 import torch
 import variants
 from gpu_place import DEVICE, DRY
-from report import duration
 
 import fuseopt
 
 check.CHUNK = 2**24 if not DRY else check.CHUNK
 COPY_ELEMENTS = 2**29 if not DRY else 2**16
+CACHE = torch.cuda.get_device_properties(0).L2_cache_size if not DRY else 0  # bytes
 
 
 def gpt2() -> list[tuple[int, ...]]:
@@ -30,8 +30,8 @@ def one(n: float) -> list[tuple[int]]:
     return [(int(n),)]
 
 
-PLAIN = {f"one tensor of {n:.0e}": one(n) for n in (1e4, 1e5, 1e6, 1e7, 1e8, 5e8)}
-PLAIN |= {"GPT-2, 148 tensors": gpt2(), "1000 tensors of 64": [(8, 8)] * 1000}
+PLAIN = {f"one tensor of {n:.0e}": one(n) for n in (1e4, 1e5, 1e6, 1e7, 1e8)}
+PLAIN |= {"GPT-2, 148 tensors": gpt2(), "1000 tensors of 64": [(8, 8)] * 1000, "one tensor of 5e+08": one(5e8)}
 FULL = {"50 tensors, 67M": [(1024, 1310)] * 50, "one tensor of 67M": [(8192, 8192)], "GPT-2, 148 tensors": gpt2()}
 FULL |= {"1000 tensors of 64": [(8, 8)] * 1000}
 if DRY:
@@ -61,19 +61,31 @@ def timed(case: GpuCase, makers: list[Callable], limit: float) -> Iterator[dict]
     """A row for each variant, those whose first steps are right timed beside a copy; ratios are within a round."""
     data = variants.Data(case)
     ready, untimed = measure.verified(case, data, makers(data))
+    here = {"case": case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
+    for row in untimed:
+        yield here | {"variant": row["name"], "error": row["problem"][:300]}
     copying, moved = copy()
     samples = place.alternated({"copy": copying} | {v.name: v.step for v in ready}, limit)
     per_byte = [s / moved for s in samples["copy"]]
-    for v in ready:
-        own = samples[v.name]
-        time, ratio = measure.spread(own), measure.ratios(own, samples[ready[0].name])
-        share = measure.ratios([v.bytes() * b for b in per_byte], own)
-        row = {"case": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "variant": v.name}
-        row |= {"time": duration(time["median"]), "quartiles": f"{duration(time['low'])} .. {duration(time['high'])}"}
-        row |= {"x first": f"{ratio['median']:.2f}", "GB/s": f"{v.bytes() / time['median'] / 1e9:.0f}"}
-        yield row | {"of copy": f"{share['median']:.1%}", "copy GB/s": f"{1e-9 / statistics.median(per_byte):.0f}"}
-    for row in untimed:
-        yield {"case": case.shape, "variant": row["name"], "time": f"not timed: {row['problem']}"}
+    for name, size in {"copy": moved, **{v.name: v.bytes() for v in ready}}.items():
+        own = samples[name]
+        row = here | {"variant": name, "bytes": size} | place.summary(own)
+        row["bytes/s"] = size / row["seconds"]
+        if name != "copy":
+            row |= {"ratio": measure.ratios(own, samples[ready[0].name])["median"], "to": ready[0].name}
+            if size >= 2 * CACHE:  # what the cache serves is no share of the memory's bandwidth
+                row["of copy"] = measure.ratios([size * b for b in per_byte], own)["median"]
+        yield row
+
+
+def attempted(case: GpuCase, makers: list[Callable], limit: float) -> Iterator[dict]:
+    """The rows of timed(), and how it ended if it failed."""
+    try:
+        yield from timed(case, makers, limit)
+    except Exception as error:
+        traceback.print_exc(limit=-4)
+        yield {"case": case.shape, "error": f"{type(error).__name__}: {error}"[:300]}
+    free()
 
 
 def roofline() -> Iterator[dict]:
@@ -86,8 +98,7 @@ def roofline() -> Iterator[dict]:
                 ours = [lambda b=b: variants.fused_pass(case, data, backend=b) for b in place.BACKENDS]
                 return [*ours, lambda: variants.plain_torch(case, data, "fused")]
 
-            yield from timed(case, makers, 1.0 if not DRY else 0.01)
-            free()
+            yield from attempted(case, makers, 1.0 if not DRY else 0.01)
 
 
 def full() -> Iterator[dict]:
@@ -100,8 +111,7 @@ def full() -> Iterator[dict]:
             frozen = [lambda: variants.fused_pass(case, data, "freeze", "cuda")]
             return ours + frozen + variants.makers(case, data)[2:]
 
-        yield from timed(case, makers, 2.0 if not DRY else 0.01)
-        free()
+        yield from attempted(case, makers, 2.0 if not DRY else 0.01)
 
 
 def select() -> Iterator[dict]:
@@ -114,23 +124,26 @@ def select() -> Iterator[dict]:
         p = torch.randn(n // 1024, 1024, device=DEVICE)
         steps = {f"torch, {name}": lambda p=p, k=name: of_torch(p, k)}
         for backend in place.BACKENDS:
-            for what, more in (
-                (f"fuseopt, {backend}, {name}", {"prune": fuseopt.Prune(**prune)}),
-                (f"fuseopt, {backend}, none", {}),
-            ):
-                q = torch.nn.Parameter(p.clone())
-                q.grad = torch.ones_like(q)
-                steps[what] = fuseopt.SGD([q], lr=1e-9, backend=backend, **more).step
+            for what, stages in ((name, {"prune": fuseopt.Prune(**prune)}), ("none", {})):
+                what = f"fuseopt, {backend}, {what}"
+                made = place.attempt(lambda b=backend, s=stages: {"step": begun(p, b, s)})
+                if "step" in made:
+                    steps[what] = made["step"]
+                else:
+                    yield {"what": what, "entries": n} | made
         samples = place.alternated(steps, 3.0 if not DRY else 0.01, least=3)
         for what, values in samples.items():
-            time = measure.spread(values)
-            yield {
-                "what": what,
-                "entries": n,
-                "time": duration(time["median"]),
-                "quartiles": f"{duration(time['low'])} .. {duration(time['high'])}",
-            }
+            yield {"what": what, "entries": n} | place.summary(values)
         free()
+
+
+def begun(p: torch.Tensor, backend: str, stages: dict) -> Callable:
+    """The step of an optimizer of a copy of p, after the first."""
+    q = torch.nn.Parameter(p.clone())
+    q.grad = torch.ones_like(q)
+    opt = fuseopt.SGD([q], lr=1e-9, backend=backend, **stages)
+    opt.step()
+    return opt.step
 
 
 def of_torch(p: torch.Tensor, name: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import random
 import resource
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -138,22 +139,25 @@ def run_case(case: Case, settings: Settings) -> dict:
 def verified(case: Case, data: Data, makers: list[Callable]) -> tuple[list[Variant], list[dict]]:
     """(variants whose first steps are right, ready for more; a row for each that is not timed).
 
-    Without the first there is nothing to relate times to, so then none is timed.
+    Times are relative to the first that is ready.
     """
     ready, untimed, oracles = [], [], {}
     for k, make in enumerate(makers):
-        variant = make()
-        if variant.freezes not in oracles:
-            oracles[variant.freezes] = check.Oracle(case, data, variant.freezes)
-        wrong = check.problem(case, data, variant, oracles[variant.freezes])
-        if wrong is None and (ready or k == 0):
+        row = {"name": f"variant {k + 1}", "family": "", "verified": False}
+        try:
+            variant = make()
+            row |= {"name": variant.name, "family": variant.family}
+            if variant.freezes not in oracles:
+                oracles[variant.freezes] = check.Oracle(case, data, variant.freezes)
+            wrong = check.problem(case, data, variant, oracles[variant.freezes])
+        except Exception as error:  # of one variant; the others are timed all the same
+            traceback.print_exc(limit=-4)
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong is None:
             variant.set_gradient(data)
             ready.append(variant)
         else:
-            row = {"name": variant.name, "family": variant.family, "verified": wrong is None}
-            untimed.append(
-                row | {"problem": wrong or "the first variant failed, which times would be relative to"}
-            )
+            untimed.append(row | {"problem": wrong})
     return ready, untimed
 
 

@@ -45,6 +45,18 @@ def on_device(params) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(p.detach().to(DEVICE, copy=True)) for p in params]
 
 
+def without_waiting(step, times: int = 1) -> None:
+    """Run it; an error on a GPU if the host waits for it."""
+    if DEVICE != "cpu":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(times):
+            step()
+    finally:
+        if DEVICE != "cpu":
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def full(name, params, **more):
     """AdamW with every stage, masks included."""
     opt = fuseopt.AdamW(params, lr=0.01, backend=name, **FULL, **more)
@@ -97,6 +109,27 @@ def test_a_scaler_skips_what_overflowed(name):
     assert_same_state(opt, expected)
 
 
+@backends
+def test_torchs_scaler(name):
+    """Skips the first step and a later one, and halves its scale; a step of CUDA waits for nothing."""
+    ours, copies = on_device(parameters(SHAPES)), on_device(parameters(SHAPES))
+    opt, expected = (full(name, x) for x in (ours, copies))
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=16.0)
+    scaler.scale(torch.zeros((), device=DEVICE))  # makes the scale
+    own = opt.step
+    for t, overflows in ((1, True), (2, False), (3, True), (4, False)):
+        set_gradients(ours, t, scaler.get_scale())
+        set_gradients(copies, t)
+        ours[2].grad[3, 4] *= float("inf") if overflows else 1.0
+        opt.step = (lambda: without_waiting(own)) if name == "cuda" and t > 2 else own  # the first makes its memory
+        scaler.step(opt)
+        scaler.update()
+        if not overflows:
+            expected.step()
+    assert scaler.get_scale() == 4.0
+    assert_same_state(opt, expected)
+
+
 # ---- what only a GPU has ------------------------------------------------------------------------------
 
 
@@ -132,12 +165,7 @@ def test_a_steady_step_waits_for_nothing(name):
     if name == "cuda":  # Triton's side asks for found_inf
         opt.grad_scale, opt.found_inf = (torch.tensor(x, device=DEVICE) for x in (1.0, 0.0))
     opt.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            opt.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_waiting(opt.step, 3)
 
 
 @gpu

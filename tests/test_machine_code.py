@@ -26,6 +26,7 @@ FAULTS = {
     "many threads": ("cuda", "csrc/cuda/step.cu", "? 512 : 1024", "? 512 : 2048", "spills"),
     "few threads": ("triton", "kernels/aot.py", "else 256) // size", "else 64) // size", "registers, more than"),
     "a mask": ("triton", "kernels/step.py", "at, None, s, r", "at, alive(row, at), s, r", "0 loads of 16 bytes"),
+    "a mask in the norm": ("triton", "kernels/reduce.py", "lanes = squares_of_tile(lanes, row, begin + t * TILE, None, s, g, MASKED)", "lanes = squares_of_tile(lanes, row, begin + t * TILE, alive(row, begin + t * TILE), s, g, MASKED)", "0 loads of 16 bytes, not 1"),
     "no promise of alignment": (
         "triton",
         "kernels/table.py",
@@ -49,7 +50,7 @@ def test_vectors_and_registers(backend):
         pytest.skip("fuseopt._CUDA is not built and nvcc was not found")
     done = run("--only", backend)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"\n{backend} ") > 28  # a line each: 13 kernels of CUDA, 11 of Triton for each GPU
+    assert done.stdout.count(f"\n{backend} ") > 28  # a line each: 13 kernels of CUDA, 28 of Triton for each GPU
 
 
 def test_the_module_is_small():
