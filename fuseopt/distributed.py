@@ -21,11 +21,13 @@ def is_dtensor(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-@torch.no_grad()
 def local(x: Tensor) -> Tensor:
     """The part of a DTensor that lies on this process; any other tensor itself."""
-    if not is_dtensor(x):
-        return x
+    return _part_here(x) if is_dtensor(x) else x  # outside no_grad, which an interrupt may leave switched on
+
+
+@torch.no_grad()
+def _part_here(x: Tensor) -> Tensor:
     part = x.to_local()
     return part.wait() if hasattr(part, "wait") else part  # a gradient may still be on its way
 

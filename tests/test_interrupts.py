@@ -77,6 +77,7 @@ def tried_until_taken(interrupts, one, twin) -> set[tuple[bool, bool]]:
     after, outcomes = digest(*twin), set()
     for _ in range(1000):
         hit = interrupts.during(one[0].step)
+        assert torch.is_grad_enabled(), "an interrupt left gradients off"
         found = digest(*one)
         taken = same(found, after)
         assert taken or same(found, before), "a step is torn"
