@@ -82,7 +82,7 @@ def _device(opt) -> torch.device:
 
 def begin(opt) -> plan.Step | None:
     """The optimizer's next step; None if found_inf says that it is skipped. Raises for a grad_scale of 0."""
-    name = choose(opt)
+    name = choose(opt) if any(group["params"] for group in opt.param_groups) else "torch"  # nothing to step
     on_gpu, captured = name == "cuda", name != "cpu" and cuda.capturing()
     if captured and not on_gpu:
         raise RuntimeError(f"step() is being captured into a CUDA graph, which backend {name!r} cannot be; use 'cuda'")

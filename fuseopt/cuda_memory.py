@@ -44,14 +44,16 @@ class Memory:
         )
 
     def make_room(self, opt, table) -> None:
-        """Allocate what a step of this table needs."""
+        """Allocate what a step of this table needs; nothing shrinks, or steps in turn would allocate for ever."""
         if self.has_room(opt, table):
             return
-        blocks, params = max(1, table.block_count), sum(len(group["params"]) for group in opt.param_groups)
         self.outgrown += [self.scalars, self.squares, self.sums, self.fresh]
-        self.scalars, self.squares = self._zeros(self.native.SCALARS * len(table)), self._zeros(blocks)
-        self.sums = self._zeros(statistics.WIDTH * blocks if opt.defaults["statistics"] else 0)
-        fresh, self.fresh = self.fresh, self._zeros(params, torch.float32)
+        scalars = max(self.native.SCALARS * len(table), self.scalars.numel())
+        blocks = max(1, table.block_count, self.squares.numel())
+        self.scalars, self.squares = self._zeros(scalars), self._zeros(blocks)
+        sums, self.sums = self.sums, self._zeros(statistics.WIDTH * blocks if opt.defaults["statistics"] else 0)
+        self.sums[: sums.numel()] = sums  # a step that is skipped leaves them
+        fresh, self.fresh = self.fresh, self._zeros(max(len(params_of(opt)), self.fresh.numel()), torch.float32)
         self.fresh[: fresh.numel()] = fresh
         every = (self.control, self.scalars, self.squares, self.sums, self.fresh)
         self.addresses = tuple(x.data_ptr() if x.numel() else 0 for x in every)

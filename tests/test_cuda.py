@@ -305,6 +305,27 @@ def test_memory_grows_with_the_parameters_and_counts_go_on():
     assert_same_state(on_cpu, on_gpu)
 
 
+def test_steps_on_other_gradients_share_one_memory():
+    """Few large tensors and many small ones in turn: after one of each nothing is allocated any more."""
+    params = parameters([(3,)] * 40 + [(200_000,)])
+    opt = fuseopt.AdamW(params, lr=0.1, max_grad_norm=0.5, statistics=True, backend="cuda")
+    seen = []
+    for t in range(1, 7):
+        set_gradients(params, t)
+        for p in params[:40] if t % 2 else params[40:]:
+            p.grad = None
+        opt.step()
+        seen.append((opt._memory.addresses, len(opt._memory.outgrown)))
+    assert len(set(seen[1:])) == 1
+
+
+@pytest.mark.parametrize("groups", [[{"params": []}], [{"params": []}, {"params": [], "lr": 0.1}]], ids=["one", "two"])
+def test_nothing_to_step(groups, backend):
+    opt = fuseopt.AdamW(groups, max_grad_norm=1.0, statistics=True, ema=EMA(0.9), backend=backend)
+    opt.step()
+    assert opt.state_dict()["state"] == {} and opt.statistics()["grad_norm"] == 0
+
+
 def test_the_same_state_goes_from_one_backend_to_the_other():
     on_cpu, on_gpu = pair(BY_NAME["adamw"], **EVERYTHING)
     for opt in (on_cpu, on_gpu):
