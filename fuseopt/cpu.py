@@ -163,12 +163,7 @@ class Ranker:
     def prune(self, kth: int, quotas: Tensor) -> None:
         shared = quotas.numel() < len(self.members)
         if not all(distributed.local(p).is_contiguous() for _, p in self.members):
-            ties = self.ties(kth)
-            quotas = select.share(quotas, ties) if shared else quotas
-            shared = False
-            for k in ((quotas > 0) & (quotas < ties)).nonzero().flatten().tolist():  # one at most, as a rule
-                select.TorchRanker(self.opt, self.members[k : k + 1]).prune(kth, quotas[k : k + 1])
-                quotas[k] = 0
+            quotas, shared = select.row_major(self.opt, self.members, kth, quotas, self.ties(kth)), False
         self.prune_in_memory_order(kth, quotas.contiguous(), shared)
 
     def prune_in_memory_order(self, kth: int, quotas: Tensor, shared: bool) -> None:

@@ -28,9 +28,7 @@ class Ranker(cpu.Ranker):
         return torch.stack([part.sum() for part in self._ties_of_blocks(kth).split(self.table.blocks())]).cpu()
 
     def prune_in_memory_order(self, kth: int, quotas: Tensor, shared: bool) -> None:
-        ties = self._ties_of_blocks(kth)
-        parts = [ties] if shared else ties.split(self.table.blocks())
-        shares = torch.cat([select.share(quota, part) for quota, part in zip(quotas.tolist(), parts, strict=True)])
+        shares = select.share_blocks(quotas, self._ties_of_blocks(kth), self.table.blocks(), shared)
         self.table.prune(kth, shares.data_ptr(), cuda.stream(self.home))
 
     def prune_n_m(self, n: int, m: int) -> None:

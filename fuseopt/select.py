@@ -189,6 +189,24 @@ def share(rank: int | Tensor, ties: Tensor) -> Tensor:
     return (rank - (ties.cumsum(0) - ties)).clamp(min=0).minimum(ties)
 
 
+def share_blocks(quotas: Tensor, ties: Tensor, blocks: list[int], shared: bool) -> Tensor:
+    """How many of each block's ties go: the first quotas[i] of member i, which has blocks[i], or quotas[0] of all."""
+    parts = [ties] if shared else ties.split(blocks)
+    return torch.cat([share(quota, part) for quota, part in zip(quotas.tolist(), parts, strict=True)])
+
+
+def row_major(opt, members: Members, kth: int, quotas: Tensor, ties: Tensor) -> Tensor:
+    """Prune with torch the members of which some ties go and others not; what is left of each one's quota.
+
+    For rankers that take ties in the order of memory, where that is not row-major. One at most, as a rule.
+    """
+    left = share(quotas, ties) if quotas.numel() < len(members) else quotas.clone()
+    for k in ((left > 0) & (left < ties)).nonzero().flatten().tolist():
+        TorchRanker(opt, members[k : k + 1]).prune(kth, left[k : k + 1])
+        left[k] = 0
+    return left
+
+
 def quotas(parts: Parts, ties: Tensor, rank: int, tied: Callable[[Tensor], Tensor]) -> Tensor:
     """How many of each parameter's ties on this process are among the first `rank` of all."""
     total = parts.each(ties)

@@ -35,9 +35,6 @@ class Ranker:
         slots = rules.RULES[one.kernel].slots
         return {"SLOTS": slots, "AVERAGES": one.averages, "NARROW": one.narrow, "DTYPE": triton_type(one.p)}
 
-    def _on_device(self, x: Tensor) -> Tensor:
-        return x if x.device == self.device else x.to(self.device)
-
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
         counts = torch.zeros(1 << width, dtype=torch.int64, device=self.device)
         for one in self.launches:
@@ -59,18 +56,8 @@ class Ranker:
     def prune(self, kth: int, quotas: Tensor) -> None:
         shared = quotas.numel() < len(self.members)
         if not all(row.p.is_contiguous() for row in self.rows):
-            ties = self.ties(kth)
-            quotas = select.share(quotas, ties) if shared else quotas
-            shared = False
-            for k in ((quotas > 0) & (quotas < ties)).nonzero().flatten().tolist():  # one at most, as a rule
-                select.TorchRanker(self.opt, self.members[k : k + 1]).prune(kth, quotas[k : k + 1])
-                quotas[k] = 0
-        ties, quotas = self._ties(kth), self._on_device(quotas)
-        if shared:
-            of_blocks = select.share(quotas, ties)
-        else:
-            parts = ties.split([row.blocks for row in self.rows])
-            of_blocks = torch.cat([select.share(quota, part) for quota, part in zip(quotas, parts, strict=True)])
+            quotas, shared = select.row_major(self.opt, self.members, kth, quotas, self.ties(kth)), False
+        of_blocks = select.share_blocks(quotas, self._ties(kth), [row.blocks for row in self.rows], shared)
         for one in self.launches:
             launch(
                 kernels.prune_smallest, one.blocks, one.p, one.table, len(one.rows), kth, of_blocks,
