@@ -1,126 +1,115 @@
-"""The options of `fuseopt finetune`: ours, and those of transformers' TrainingArguments with our defaults."""
+"""The options of `fuseopt finetune`: each file's own, and those of transformers' TrainingArguments; --config."""
 
 import argparse
 import dataclasses
 import difflib
+import json
+import os
 import warnings
-from typing import Literal
+from pathlib import Path
 
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from fuseopt.finetune.train import CLASSES
+from fuseopt.finetune.communication import CommunicationOptions
+from fuseopt.finetune.data import DataOptions
+from fuseopt.finetune.folds import FoldsOptions
+from fuseopt.finetune.loss import LossOptions
+from fuseopt.finetune.models import ModelOptions
+from fuseopt.finetune.optim import OptimizerOptions, StageOptions
+from fuseopt.finetune.quantize import QuantizeOptions
+from fuseopt.finetune.schedule import ScheduleOptions
+from fuseopt.finetune.timing import TimingOptions
 
 PROG = "fuseopt finetune"
 
 DESCRIPTION = """
-Load a pretrained model, replace its head, and fine-tune it with a fused optimizer: clipping, masks, decay,
-the update, pruning and EMA in one pass, each step repeated by separate torch passes and compared. Without
-options: a small network pretrained on the digits 0-4 (embedded) learns the digits 5-9 with a frozen stem,
-80% pruning and an EMA, in less than a minute. Writes model.safetensors, model_ema.safetensors, metrics.json,
-classification_report.txt, verification.txt and plot.png to --output_dir. Exit status: 0 done, 1 the
-verification failed, 2 bad input, 130 interrupted (the same command with --resume_from_checkpoint ends with
-the same bits).
+Fine-tune a classifier of images or text with a fused optimizer. Without options: a small network pretrained on
+the digits 0-4 (embedded) learns the digits 5-9 in some seconds. Every technique is off until its option is
+given, here or in --config FILE. The folder --output_dir then holds config.yaml, metrics.json, report.txt,
+plot.png, confusion.png, log.txt and the models. Exit status: 0 done, 1 the verification failed, 2 bad input,
+130 interrupted (the same command with --resume_from_checkpoint ends with the same bits).
 """
 
 
 @dataclasses.dataclass
-class Options:
-    """What the Trainer does not know. None stands for the default that the help text names."""
+class RunOptions:
+    """What concerns the run as a whole."""
 
-    _argument_group_name = "model, data, optimizer and stages"
+    _argument_group_name = "run"
 
-    optimizer: Literal[tuple(CLASSES)] = dataclasses.field(
-        default="adamw", metadata={"help": "The fused optimizer."}
-    )
-    pretrained: str | None = dataclasses.field(
+    config: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Weights to start from: a safetensors file of the small digits network (DigitNet), such as "
-            "the model.safetensors of an earlier run; its head is replaced by one for the classes of --data. "
-            "No other architecture. None: the embedded network, pretrained on the digits 0-4."
+            "help": "A YAML file of options by name, such as the config.yaml of an earlier run; options on the command "
+            "line come after it."
         },
     )
-    data: str | None = dataclasses.field(
-        default=None,
+    verify: int = dataclasses.field(
+        default=0,
         metadata={
-            "help": "A .npz file of two arrays: `images`, finite numbers of shape (N, H, W) or (N, C, H, W) with H "
-            "and W at least 4, scaled by their largest magnitude, and `labels`, integers of shape (N,), two images "
-            "or more of each of two classes or more. C must be that of --pretrained: 1 for the embedded network. "
-            "A quarter is kept for the test. None: scikit-learn's digits 5-9."
+            "help": "Repeat every N-th step with separate torch passes in float64 and compare; --verify alone: every "
+            "step; 0: never."
         },
-    )
-    freeze: list[str] = dataclasses.field(
-        default_factory=lambda: ["stem.*"],
-        metadata={"help": "Parameters that keep their bits, as name patterns; `none` freezes nothing."},
-    )
-    ema_decay: float = dataclasses.field(
-        default=0.98, metadata={"help": "Decay of the averaged weights in [0, 1); 0: no average."}
-    )
-    ema_warmup: Literal["timm", "none"] = dataclasses.field(
-        default="timm", metadata={"help": "How the decay grows at the start."}
-    )
-    sparsity: float = dataclasses.field(
-        default=0.8,
-        metadata={"help": "Share of the prunable entries that is zero at the end, in [0, 1); 0: no pruning."},
-    )
-    prune_begin: int | None = dataclasses.field(
-        default=None, metadata={"help": "First step that prunes; None: after a quarter of the steps."}
-    )
-    prune_end: int | None = dataclasses.field(
-        default=None,
-        metadata={"help": "Step that reaches --sparsity; None: after three quarters of the steps."},
-    )
-    prune_every: int = dataclasses.field(default=10, metadata={"help": "Steps from one pruning to the next."})
-    l1: float = dataclasses.field(
-        default=0.0,
-        metadata={"help": "L1 penalty; as --weight_decay, decoupled where the optimizer decouples it."},
-    )
-    momentum: float = dataclasses.field(default=0.9, metadata={"help": "Momentum of sgd."})
-    verify_every: int = dataclasses.field(
-        default=1,
-        metadata={"help": "Repeat every N-th step with separate torch passes and compare; 0: never."},
-    )
-    backend: Literal["cpu", "torch"] | None = dataclasses.field(
-        default=None, metadata={"help": "What runs the step; None: the fastest for the device."}
     )
     threads: int = dataclasses.field(
         default=1,
         metadata={"help": "CPU threads; a small model gains nothing by more, and loses on a busy machine."},
     )
-    compare_steps: int = dataclasses.field(
-        default=300, metadata={"help": "Steps timed at the end beside the torch recipe; 0: none."}
-    )
-    overwrite: bool = dataclasses.field(
-        default=False, metadata={"help": "Replace the run that is in --output_dir."}
-    )
+    overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace the run that is in --output_dir."})
 
+
+# Every group of options, in the order of the help.
+GROUPS = (
+    RunOptions,
+    DataOptions,
+    ModelOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    LossOptions,
+    StageOptions,
+    QuantizeOptions,
+    CommunicationOptions,
+    FoldsOptions,
+    TimingOptions,
+)
+Options = dataclasses.make_dataclass("Options", [], bases=tuple(reversed(GROUPS)))
+Options.__doc__ = "All options of ours as attributes of one object."
+
+BATCH_SIZE = 32  # over all processes, unless --per_device_train_batch_size says otherwise
 
 TRAINER_DEFAULTS = dict(
     output_dir="runs/finetune",
-    num_train_epochs=20,
-    per_device_train_batch_size=32,
-    learning_rate=2e-3,
-    weight_decay=0.01,
+    num_train_epochs=10,
+    per_device_eval_batch_size=64,
     max_grad_norm=1.0,
     logging_steps=10,
-    eval_strategy="steps",
-    eval_steps=20,
-    save_steps=100,
+    eval_strategy="epoch",
+    save_strategy="epoch",
     save_total_limit=2,
     seed=0,
     use_cpu=True,
+    report_to="none",
 )
 
 # The options of TrainingArguments that plain --help lists, beside those with a default of ours.
 SHOWN = {
     *TRAINER_DEFAULTS,
+    "learning_rate",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "label_smoothing_factor",
     "max_steps",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
     "gradient_accumulation_steps",
+    "eval_steps",
+    "save_steps",
+    "bf16",
     "disable_tqdm",
     "resume_from_checkpoint",
     "help",
@@ -130,15 +119,13 @@ SHOWN = {
 # Options of TrainingArguments that this harness cannot honour, with the reason.
 REFUSED = {
     "optim": "the optimizer is chosen with --optimizer",
-    "load_best_model_at_end": "the result is the pruned model of the last step",
+    "load_best_model_at_end": "the result is the model of the last step",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
     "push_to_hub": "nothing is uploaded",
     "fp16": "fp16 autocast needs a GPU",
-    "label_smoothing_factor": "the loss is plain cross entropy",
-    "neftune_noise_alpha": "the model has no embedding",
-    "gradient_checkpointing": "the model has no checkpointed layers",
-    "activation_checkpointing": "the model has no checkpointed layers",
     "prediction_loss_only": "the report needs the predictions",
+    "fsdp": "the report and the averages need whole parameters",
+    "deepspeed": "it brings an optimizer of its own",
 }
 
 
@@ -151,8 +138,8 @@ class Training(TrainingArguments):
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action):
         """`--learning_rate VALUE`: one spelling of the name, without the second one with hyphens."""
-        value = "{" + ",".join(action.choices) + "}" if action.choices else "VALUE"
-        values = {0: "", "?": f"[{value}]", "+": f"{value} ..."}.get(action.nargs, value)
+        value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else "VALUE"
+        values = {0: "", "?": f"[{value}]", "+": f"{value} ...", "*": f"[{value} ...]"}.get(action.nargs, value)
         return f"{action.option_strings[0]} {values}".strip()
 
 
@@ -162,12 +149,13 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def _parser(show_all):
+def make_parser(show_all=False):
+    """The parser of every option; `--help` shows those of TrainingArguments only that SHOWN lists."""
     parser = _Parser(
-        (Options, Training),
+        (*GROUPS, Training),
         prog=PROG,
         description=DESCRIPTION,
-        usage="%(prog)s [--OPTION VALUE ...]",
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
         conflict_handler="resolve",
         allow_abbrev=False,
         formatter_class=_Help,
@@ -185,38 +173,96 @@ def _parser(show_all):
         default=argparse.SUPPRESS,
         help="List the remaining options of transformers' TrainingArguments too.",
     )
-    parser.set_defaults(**TRAINER_DEFAULTS)
-    ours = {field.name for field in dataclasses.fields(Options)}
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    parser.set_defaults(**TRAINER_DEFAULTS, per_device_train_batch_size=max(1, BATCH_SIZE // processes))
+    ours = {field.name for group in GROUPS for field in dataclasses.fields(group)}
     for action in parser._actions:
+        if action.dest == "verify":
+            action.nargs, action.const = "?", 1
+        if action.dest == "learning_rate":
+            action.default, action.help = None, "None: 1e-3 for the small models, 5e-5 for transformers models."
+        if action.dest == "per_device_train_batch_size":
+            action.help = f"Examples a process and backward pass; by default {BATCH_SIZE} over all processes."
         if not show_all and action.dest not in SHOWN | ours:
             action.help = argparse.SUPPRESS
     return parser
 
 
 def parse(argv):
-    """Options and TrainingArguments from the command line.
+    """(Options, TrainingArguments) from the command line; what --config says comes before what `argv` says.
 
     Raises ValueError of one sentence for an unknown option or a bad value; `--help` raises SystemExit(0).
     """
-    parser = _parser(show_all="--help_all" in argv)
+    parser = make_parser(show_all="--help_all" in argv)
     if "--help_all" in argv:
         parser.print_help()
         raise SystemExit(0)
+    path = _value_of(parser, argv, "config")
+    arguments = _from_yaml(parser, path) if path else []
+    if path:
+        _parsed(parser, arguments, f"--config {path}: ")
+    *groups, args = _parsed(parser, [*arguments, *argv])
+    values = {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
+    return Options(**values), args
+
+
+def _parsed(parser, arguments, where=""):
+    """The dataclasses of these arguments; raises ValueError that begins with `where`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of an option's old name, which is refused below
-            options, args, *_, unknown = parser.parse_args_into_dataclasses(
-                argv, return_remaining_strings=True, look_for_args_file=False
+            *parsed, unknown = parser.parse_args_into_dataclasses(
+                arguments, return_remaining_strings=True, look_for_args_file=False
             )
     except Exception as error:  # TrainingArguments raises many types, from ImportError to NotImplementedError
-        raise ValueError(error) from error
+        raise ValueError(f"{where}{error}") from error
     if unknown:
-        raise ValueError(_unknown(parser, unknown[0]))
+        raise ValueError(where + _unknown(parser, unknown[0]))
+    parsed = parsed[: len(GROUPS) + 1]  # behind them: what the parser has beside the dataclasses
     for name, reason in REFUSED.items():
-        given, default = getattr(args, name, None), parser.get_default(name)
+        given, default = getattr(parsed[-1], name, None), parser.get_default(name)
         if given != default and (given or default):  # TrainingArguments turns some None into False
-            raise ValueError(f"--{name} is not supported: {reason}")
-    return options, args
+            raise ValueError(f"{where}--{name} is not supported: {reason}")
+    return parsed
+
+
+def _value_of(parser, argv, name):
+    """The value of one option, before the others are looked at."""
+    try:
+        return getattr(parser.parse_known_args(argv)[0], name)
+    except argparse.ArgumentError as error:
+        raise ValueError(error) from error
+
+
+def _from_yaml(parser, path):
+    """The options of a YAML file as a command line. Raises ValueError, OSError that name the file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not a YAML file: {error}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected options as `name: value`, found a {type(content).__name__}")
+    actions = {action.dest: action for action in parser._actions}
+    arguments = []
+    for name, value in content.items():
+        if name not in actions or name in ("config", "help", "help_all"):
+            raise ValueError(f"--config {path}: {_unknown(parser, f'--{name}')}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        if actions[name].nargs not in ("+", "*") and isinstance(value, list):
+            raise ValueError(f"--config {path}: {name} takes one value, found a list")
+        arguments += [f"--{name}", *map(_word, values)]
+    return arguments
+
+
+def _word(value):
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _unknown(parser, word):

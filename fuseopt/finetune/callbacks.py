@@ -1,0 +1,85 @@
+"""What watches a run: the verification, Ctrl-C, an evaluation before pruning, the progress bar."""
+
+import signal
+
+import torch
+import torch.distributed as dist
+from transformers import ProgressCallback, TrainerCallback
+
+import fuseopt.verify
+
+
+class Verification(TrainerCallback):
+    """Attaches fuseopt.verify to the optimizer once a checkpoint's state is in place. every: 0 for never."""
+
+    def __init__(self, optimizer, every):
+        self.optimizer, self.every, self.checker = optimizer, every, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.every:
+            self.checker = fuseopt.verify.attach(self.optimizer, every=self.every)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.checker:
+            self.checker.detach()
+
+    def report(self):
+        """The report over the steps of this process; None where no step was to be verified."""
+        return self.checker.report() if self.checker else None
+
+
+class Interruption(TrainerCallback):
+    """The first Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once."""
+
+    requested = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, *_):
+        self.requested = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # the signal reaches the processes at different steps
+            flag = torch.tensor(int(self.requested), device=args.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.requested = bool(flag)
+        if self.requested:
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Save here, not at the step: an evaluation that is due at the end of the epoch then comes first."""
+        if self.requested:
+            control.should_save = True
+            control.should_evaluate = control.should_evaluate and state.epoch == round(state.epoch)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self.previous)
+
+
+class EvaluateBeforePruning(TrainerCallback):
+    """Asks for an evaluation just before the first step that prunes."""
+
+    def __init__(self, optimizer):
+        prunes = [group["prune"] for group in optimizer.param_groups if group.get("prune") is not None]
+        self.last_dense_step = min(prune["begin"] for prune in prunes) - 1 if prunes else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.last_dense_step:
+            control.should_evaluate = True
+
+
+class Progress(ProgressCallback):
+    """One progress bar; the numbers stand at its end and not on lines of their own."""
+
+    SHOWN = {"loss": "loss", "sparsity": "zeros", "eval_accuracy": "accuracy", "average_accuracy": "average"}
+
+    def on_prediction_step(self, *args, **kwargs):
+        pass
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            new = {self.SHOWN[key]: f"{value:.3f}" for key, value in logs.items() if key in self.SHOWN}
+            self.numbers = getattr(self, "numbers", {}) | new
+            self.training_bar.set_postfix(self.numbers)
