@@ -35,7 +35,7 @@ help:
 	@echo 'make clean   remove what the others made, except runs/'
 
 demo: $(VENV)/built
-	$(RUN) -m fuseopt finetune $(DEMO)
+	$(RUN) -m fuseopt finetune --config examples/finetune/demo.yaml $(DEMO)
 
 test: $(VENV)/built
 	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)

@@ -1,28 +1,45 @@
 """`fuseopt finetune`: transformers' Trainer around a fused optimizer, with the verification beside it.
 
-cli.py       the options, and every check that can be made before anything is written
-data.py      images and labels in, training and test sets out
-model.py     the small convolutional network and its safetensors files
-train.py     the optimizer from the options; what the Trainer does not do by itself
-compare.py   the same step as a torch recipe of separate passes, timed beside ours
-report.py    summary table, plot, and files that are written whole or not at all
-pretrain.py  makes the embedded checkpoint: python -m fuseopt.finetune.pretrain
+options.py   every option, from the files that use them; --config
+prepare.py   every check that can be made before anything is written
+cli.py       one run, or several: folds.py, search.py
+data/        images or text in, training and test rows out
+models/      the small models, transformers' own, checkpoints, heads, LoRA
+optim.py     the optimizer, its groups and stages; schedule.py, loss.py, teacher.py, communication.py
+train.py     what the Trainer does not do by itself; callbacks.py
+quantize.py  8-bit weights
+report.py    evaluation, summary table and files; measure.py, plot.py, table.py
+timing.py    the same step as a torch recipe of separate passes, timed beside ours
+folder.py    the output folder; resume.py
+compare.py   `fuseopt compare`: a table and a plot of several runs
 """
 
 import importlib.util
 import sys
 
-EXTRAS = ("transformers", "accelerate", "sklearn", "matplotlib", "safetensors")
+# {module: the package that has it}
+EXTRAS = {
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "safetensors": "safetensors",
+    "yaml": "pyyaml",
+}
+
+
+def missing_extras(prog):
+    """Say on standard error which packages `prog` lacks; returns whether any is."""
+    names = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+    if names:
+        these = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not installed"
+        print(f"{prog}: {these}: run pip install 'fuseopt[finetune]'", file=sys.stderr)
+    return bool(names)
 
 
 def main(argv=None):
     """Run `fuseopt finetune` with these arguments and return its exit status (see fuseopt.__main__.main)."""
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
-    if missing:
-        names = ", ".join(missing)
-        print(
-            f"fuseopt finetune: {names} not installed: run pip install 'fuseopt[finetune]'", file=sys.stderr
-        )
+    if missing_extras("fuseopt finetune"):
         return 2
     from fuseopt.finetune.cli import main as run
 

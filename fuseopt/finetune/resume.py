@@ -34,6 +34,8 @@ FREE_TRAINING_OPTIONS = {
 FREE_PREFIXES = ("log", "save_", "hub_", "push_to_hub", "trackio_")
 # Free as well, unless the schedule follows the evaluations.
 EVALUATION_OPTIONS = {"do_eval", "batch_eval_metrics", "per_device_eval_batch_size"}
+
+
 def _deciding(resolved):
     """Of resolved options, those that decide the bits of the run."""
     plateau = SchedulerType.REDUCE_ON_PLATEAU.value

@@ -14,8 +14,8 @@ from fuseopt.finetune import callbacks, data, folder
 from fuseopt.finetune.communication import handler
 from fuseopt.finetune.loss import compute_loss
 from fuseopt.finetune.optim import prunable, sparsity
-from fuseopt.finetune.timing import StepTimes
 from fuseopt.finetune.schedule import make_scheduler
+from fuseopt.finetune.timing import StepTimes
 
 
 class FusedTrainer(Trainer):
