@@ -17,18 +17,17 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from fuseopt.__main__ import main
-from fuseopt.finetune.model import EMBEDDED
+from fuseopt.finetune.models import EMBEDDED
 
-# Options, and what the line must name. {x} is a file that `files` makes.
+# Options, and what the line must name. {x} is a file that `files` makes. What data.py, models and optim refuse in
+# detail stands in their own tests; here: that the command says it in one line and writes nothing.
 CASES = [
-    ("--sparsity 1.5", "sparsity"),
-    ("--sparsity 1", "sparsity"),
-    ("--sparsity -0.1", "sparsity"),
-    ("--sparsity nan", "sparsity"),
-    ("--ema_decay 1.5", "decay"),
-    ("--ema_decay -1", "decay"),
+    ("--sparsity 1.5", "--sparsity 1.5"),
+    ("--sparsity nan", "--sparsity nan"),
+    ("--average ema --ema_decay 2", "--ema_decay 2: must be"),
+    ("--ema_decay 0.9", "--average"),
     ("--optimizer adamax", "adamax"),
-    ("--ema_warmup slow", "slow"),
+    ("--average ema --ema_warmup slow", "slow"),
     ("--backend cuda9", "cuda9"),
     ("--learning_rate -1", "-1"),
     ("--learning_rate nan", "nan"),
@@ -38,56 +37,70 @@ CASES = [
     ("--l1 -1", "l1"),
     ("--adam_beta1 1.5", "1.5"),
     ("--optimizer sgd --momentum -1", "-1"),
+    ("--optimizer torch-adamw --average ema", "--average"),
+    ("--optimizer adamw --decay coupled", "adam"),
+    ("--layer_decay 0", "--layer_decay"),
+    ("--lr_scale head=fast", "--lr_scale"),
+    ("--schedule step --lr_scheduler_type cosine", "--lr_scheduler_type"),
     ("--prune_beginn 3", "--prune_begin?"),
     ("--sparcity 0.5", "--sparsity?"),
     ("surplus", "surplus"),
-    ("--prune_begin 0", "0"),
-    ("--prune_end 10000", "10000"),
-    ("--prune_begin 10 --prune_end 5", "10 to 5"),
-    ("--prune_begin 10 --prune_end 25", "25"),
-    ("--prune_every 0", "--prune_every"),
+    ("--sparsity 0.5 --prune_begin 0", "0"),
+    ("--sparsity 0.5 --prune_end 100000", "100000"),
+    ("--sparsity 0.5 --prune_begin 30 --prune_end 20", "--prune_begin 30"),
+    ("--sparsity 0.5 --prune_every 0", "--prune_every"),
+    ("--prune_pattern 4:2", "4:2"),
     ("--freeze nothing.*", "nothing.*"),
     ("--freeze *", "*"),
-    ("--verify_every -1", "--verify_every"),
+    ("--teacher {missing}", "--teacher"),
+    ("--teacher_scale 0", "--teacher_scale"),
+    ("--temperature 0", "--temperature"),
+    ("--lora_rank -1", "--lora_rank"),
+    ("--verify -1", "--verify"),
     ("--threads 0", "--threads"),
     ("--compare_steps -1", "--compare_steps"),
+    ("--folds 1", "--folds"),
+    ("--learning_curve 0.5 2", "--learning_curve"),
     ("--num_train_epochs 0", "--num_train_epochs"),
     ("--num_train_epochs inf", "--num_train_epochs"),
     ("--per_device_train_batch_size 0", "batch_size"),
     ("--seed -1", "eed"),
     ("--optim sgd", "--optim"),
     ("--load_best_model_at_end", "--load_best_model_at_end"),
-    ("--save_strategy best", "metric_for_best_model"),
+    ("--save_strategy best", "--save_strategy best"),
     ("--warmup_steps -4", "warmup_steps"),
-    ("--gradient_checkpointing True", "--gradient_checkpointing"),
     ('--lr_scheduler_kwargs {{"bogus":1}}', "--lr_scheduler_kwargs"),
     ('--lr_scheduler_type cosine --lr_scheduler_kwargs {{"num_cycles":"x"}}', "--lr_scheduler_kwargs"),
     ("--dataloader_num_workers -1", "num_workers"),
     ("--dataloader_prefetch_factor 2", "prefetch_factor"),
     ("--dataloader_drop_last true --per_device_train_batch_size 9999", "--dataloader_drop_last"),
-    ("--pretrained {folder}", "this is a folder"),
+    ("--augment shake", "shake"),
+    ("--classes 5 eleven", "eleven"),
+    ("--classes 5", "--classes"),
+    ("--test_share 1", "--test_share"),
+    ("--model resnet50", "--model resnet50"),
+    ("--model mlp", "--model mlp"),
+    ("--pretrained {folder}", "--pretrained"),
     ("--pretrained {missing}", "missing"),
     ("--pretrained {truncated}", "truncated"),
     ("--pretrained {empty}", "empty"),
     ("--pretrained {pickled}", "pickled"),
-    ("--pretrained {reshaped}", "body.0.weight"),
-    ("--pretrained {lacking}", "neck.1.bias"),
+    ("--pretrained {lacking}", "neck.0.bias"),
     ("--pretrained {other}", "extra"),
-    ("--pretrained {nan}", "stem.0.bias"),
+    ("--pretrained {nan}", "stem.conv1.bias"),
+    ("--pretrained {embedded} --head keep", "5"),
+    ("--pretrained {embedded} --width 16", "--width"),
     ("--data {folder}", "--data"),
-    ("--data {deflated}", "deflated"),
     ("--data {missing}", "--data"),
     ("--data {pickled}", "pickled"),
-    ("--data {empty}", "empty"),
-    ("--data {unlabelled}", "labels"),
-    ("--data {flat}", "flat"),
-    ("--data {uneven}", "labels"),
-    ("--data {single}", "classes"),
+    ("--data {single}", "class"),
     ("--data {tiny}", "pixels"),
-    ("--data {many}", "number of classes"),
-    ("--data {color}", "stem.0.weight"),
-    ("--data {objects}", "objects"),
-    ("--data {infinite}", "NaN"),
+    ("--data {color} --pretrained {embedded}", "channel"),
+    ("--data {broken}", "line 3"),
+    ("--config {missing}", "missing"),
+    ("--config {broken}", "--config"),
+    ("--config {unknown}", "did you mean --sparsity?"),
+    ("--config {badvalue}", "fast"),
     ("--resume_from_checkpoint", "checkpoint"),
     ("--resume_from_checkpoint {missing}", "missing"),
 ]
@@ -97,37 +110,28 @@ CASES = [
 def files(tmp_path_factory):
     """The damaged files that the cases name."""
     folder = tmp_path_factory.mktemp("damaged")
-    whole, tensors = EMBEDDED.read_bytes(), load_file(EMBEDDED)
-    (folder / "truncated").write_bytes(whole[: len(whole) // 2])
-    (folder / "empty").write_bytes(b"")
-    (folder / "pickled").write_bytes(pickle.dumps({"a": 1}))
-    save_file(tensors | {"body.0.weight": torch.zeros(2, 2)}, folder / "reshaped")
-    save_file({name: p for name, p in tensors.items() if name != "neck.1.bias"}, folder / "lacking")
-    save_file(tensors | {"extra": torch.zeros(2)}, folder / "other")
-    save_file(tensors | {"stem.0.bias": torch.full((32,), float("nan"))}, folder / "nan")
+    path = EMBEDDED / "model.safetensors"
+    whole, tensors = path.read_bytes(), load_file(path)
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "pickled.pt").write_bytes(pickle.dumps({"a": {1, 2}}))
+    save_file({name: p for name, p in tensors.items() if name != "neck.0.bias"}, folder / "lacking.safetensors")
+    save_file(tensors | {"extra": torch.zeros(2)}, folder / "other.safetensors")
+    save_file(tensors | {"stem.conv1.bias": torch.full((32,), float("nan"))}, folder / "nan.safetensors")
     images, labels = np.ones((20, 8, 8)), np.arange(20) % 2
     arrays = {
-        "unlabelled": {"images": images},
-        "flat": {"images": images[0, 0], "labels": labels},
-        "uneven": {"images": images, "labels": labels[:-1]},
         "single": {"images": images, "labels": 0 * labels},
         "tiny": {"images": images[:, :3, :3], "labels": labels},
-        "many": {"images": images, "labels": np.arange(20) // 2},
         "color": {"images": np.ones((20, 3, 8, 8)), "labels": labels},
-        "objects": {"images": np.array([None] * 20), "labels": labels},
-        "infinite": {"images": images * np.inf, "labels": labels},
     }
     for name, content in arrays.items():
-        with open(folder / name, "wb") as file:
-            np.savez(file, **content)
-    with open(folder / "deflated", "wb") as file:
-        np.savez_compressed(file, images=np.random.default_rng(0).random((20, 8, 8)), labels=labels)
-    damaged = bytearray((folder / "deflated").read_bytes())
-    damaged[200:400] = bytes([255]) * 200
-    (folder / "deflated").write_bytes(damaged)
+        np.savez(folder / f"{name}.npz", **content)
+    (folder / "broken.csv").write_text("text,label\na b,x\nc\nd,y\n")
+    (folder / "unknown.yaml").write_text("sparsitty: 0.5\n")
+    (folder / "badvalue.yaml").write_text("learning_rate: fast\n")
     (folder / "folder").mkdir()
-    names = ["missing", *(path.name for path in folder.iterdir())]
-    return {name: str(folder / name) for name in names}
+    paths = {path.stem: str(path) for path in folder.iterdir()}
+    return paths | {"missing": str(folder / "missing"), "embedded": str(EMBEDDED)}
 
 
 def refused(capsys, *arguments):
@@ -163,8 +167,7 @@ def test_bad_input_changes_nothing_of_the_run_to_be_overwritten(tmp_path, capsys
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-5", "metrics.json"}
 
 
-SHORT = ["--max_steps", 4, "--compare_steps", 0, "--verify_every", 0, "--prune_begin", 1, "--prune_end", 1]
-SHORT += ["--disable_tqdm", "true"]
+SHORT = "--max_steps 4 --average ema --sparsity 0.8 --prune_begin 1 --prune_end 1 --disable_tqdm true --save_strategy steps --save_steps 4".split()
 
 
 @pytest.fixture(scope="module")
@@ -209,15 +212,15 @@ def test_resuming_with_other_scheduler_options(tmp_path, capsys):
 def test_options_that_decide_no_bits_may_change(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    free = ["--verify_every", 1, "--logging_steps", 1, "--eval_steps", 3, "--save_steps", 3, "--output_dir", folder]
+    free = ["--verify", 1, "--eval_strategy", "steps", "--logging_steps", 1, "--eval_steps", 3, "--save_steps", 3, "--output_dir", folder]
     assert main(["finetune", *map(str, [*SHORT, *free]), "--resume_from_checkpoint"]) == 0
-    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (folder / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
 
 
 def test_resuming_into_a_new_folder(finished, tmp_path):
     resume = ["--output_dir", tmp_path / "new", "--resume_from_checkpoint", finished / "checkpoint-4"]
     assert main(["finetune", *map(str, [*SHORT, *resume])]) == 0
-    assert (tmp_path / "new" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert (tmp_path / "new" / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
 
 
 def truncate(path):
@@ -238,9 +241,9 @@ DAMAGES = {
     ),
     "scheduler a list": (CHECKPOINT + "scheduler.pt", lambda path: torch.save([1], path)),
     "scheduler of another kind": (CHECKPOINT + "scheduler.pt", lambda path: torch.save({"last_epoch": 4}, path)),
-    "options []": ("options.json", lambda path: path.write_text("[]")),
-    "options {": ("options.json", lambda path: path.write_text("{")),
-    "options {}": ("options.json", lambda path: path.write_text("{}")),
+    "options []": ("config.yaml", lambda path: path.write_text("[]")),
+    "options {": ("config.yaml", lambda path: path.write_text("{")),
+    "options {}": ("config.yaml", lambda path: path.write_text("{}")),
 }
 
 
@@ -262,7 +265,7 @@ def test_an_extra_that_is_not_installed(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
     line = refused(capsys)
-    assert "sklearn" in line and "pip install 'fuseopt[finetune]'" in line
+    assert "scikit-learn is not installed" in line and "pip install 'fuseopt[finetune]'" in line
 
 
 def test_the_process_says_one_line(tmp_path):
@@ -283,8 +286,8 @@ def test_the_process_says_one_line(tmp_path):
 
 def test_help(capsys):
     for arguments, words in (
-        (["--help"], ["finetune", "--version"]),
-        (["finetune", "--help"], ["--sparsity", "--learning_rate", "--help_all", "`images`", "DigitNet"]),
+        (["--help"], ["finetune", "verify", "compare", "search", "--version"]),
+        (["finetune", "--help"], ["--sparsity", "--learning_rate", "--help_all", "--config", "--augment", "--lora_rank"]),
         (["finetune", "--help_all"], ["--dataloader_num_workers"]),
     ):
         with pytest.raises(SystemExit) as stop:
