@@ -1,0 +1,17 @@
+"""Models to fine-tune: small ones of our own, any transformers classifier, their heads, and LoRA.
+
+small.py       cnn, rnn and mlp
+start.py       the options, and the model that they ask for
+source.py      which configuration and which weights: a folder, a file, the hub, the embedded network
+weights.py     reading them, and whether they fit
+heads.py       for which classes, and how new layers begin
+processors.py  the tokenizer or the normalisation that belongs to them
+lora.py        LoRA through peft
+saving.py      a folder that from_pretrained reads
+pretrain.py    makes the embedded network: python -m fuseopt.finetune.models.pretrain
+"""
+
+from fuseopt.finetune.models.saving import save
+from fuseopt.finetune.models.start import ModelOptions, Start, start
+
+__all__ = ["ModelOptions", "Start", "save", "start"]
