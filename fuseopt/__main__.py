@@ -6,14 +6,21 @@ import sys
 import fuseopt
 
 
-def _finetune(argv):
-    from fuseopt.finetune import main
+def _harness(command):
+    """A command of fuseopt.finetune, which is imported when it runs."""
 
-    return main(argv)
+    def run(argv):
+        from fuseopt.finetune import main
+
+        return main(argv, command)
+
+    return run
 
 
 COMMANDS = {
-    "finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step")
+    "finetune": (_harness("finetune"), "fine-tune a pretrained model with a fused optimizer, checking every step"),
+    "compare": (_harness("compare"), "print and plot finished runs beside one another"),
+    "search": (_harness("search"), "search the best values of any options, each trial a run"),
 }
 
 

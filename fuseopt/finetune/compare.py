@@ -1,205 +1,180 @@
-"""One step of the run's optimizer beside the same step as a torch recipe of separate passes."""
+"""`fuseopt compare RUN...`: finished runs in one table, and their curves in one plot."""
 
-import copy
-import inspect
-import time
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
 
-import numpy as np
-import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from fuseopt.finetune.table import decimals, percent, size, table
 
-from fuseopt.finetune.train import prunable
+PROG = "fuseopt compare"
+DESCRIPTION = """
+Print the finished runs of `fuseopt finetune` in one table: accuracy of the raw, averaged and 8-bit weights on the
+test rows, share of zeros, median time of a training step and of its optimizer step, peak memory, size of the model
+file, whether the steps were verified, and the options in which the runs differ. Exit status: 0 done, 2 bad input.
+"""
+METRICS = "metrics.json"
+# What a run must have said; an older or damaged file is refused.
+NEEDED = ("accuracy", "sparsity", "time", "memory", "size", "options", "curves")
+# Where a run is and how it is shown decides nothing.
+NO_DIFFERENCE = ("output_dir", "run_name", "overwrite", "resume_from_checkpoint")
 
-TORCH_CLASSES = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-    "nadam": torch.optim.NAdam,
-    "adagrad": torch.optim.Adagrad,
+# {key of --sort: (title, value of a run's metrics, how it is shown)}
+COLUMNS = {
+    "raw": ("raw", lambda m: m["accuracy"]["raw"], percent),
+    "average": ("average", lambda m: m["accuracy"].get("average"), percent),
+    "int8": ("8-bit", lambda m: m["accuracy"].get("int8"), percent),
+    "zeros": ("zeros", lambda m: m["sparsity"]["raw_zeros"] / max(m["sparsity"]["prunable"], 1), percent),
+    "step": ("step ms", lambda m: _median(m, "train_step_ms"), decimals),
+    "optimizer": ("optimizer ms", lambda m: _median(m, "optimizer_step_ms"), decimals),
+    "memory": ("memory", lambda m: m["memory"]["peak_bytes"], size),
+    "size": ("size", lambda m: m["size"].get("model"), size),
+    "verified": ("verified", lambda m: _verdict(m), lambda verdict: verdict or "no"),
 }
-CHECKED_STEPS = 3
-TOLERANCE = 1e-2  # of the learning rate: how far the two may be apart after CHECKED_STEPS
-WARMUP_STEPS = 20
+FALLING = ("raw", "average", "int8", "zeros")  # the best first
 
 
-def compare(run, batch_size=32):
-    """Time `compare_steps` steps of each, alternated, after checking that both give the same weights.
-
-    Returns plain data: milliseconds (median and quartiles), bytes moved a step, their ratio with
-    quartiles; or {"skipped": reason}.
-    """
-    options = run.options
-    if not options.compare_steps:
-        return {"skipped": "--compare_steps 0"}
-    if options.optimizer not in TORCH_CLASSES or options.l1:
-        return {"skipped": "torch has no " + ("L1 penalty" if options.l1 else options.optimizer)}
-    ours, recipe = Fused(run), Recipe(run)
-    gradients = _gradients(run, batch_size)
-    difference = _difference(ours, recipe, gradients)
-    if not difference <= TOLERANCE * run.args.learning_rate:
-        return {
-            "skipped": f"the two differ by {difference:.1e} after {CHECKED_STEPS} steps",
-            "difference": difference,
-        }
-    times = _alternate(ours, recipe, gradients, options.compare_steps)
-    ratio = times[1] / times[0]
-    return {
-        "fuseopt": {**_spread(times[0] * 1e3, "ms"), "bytes": ours.bytes_per_step()},
-        "torch": {
-            **_spread(times[1] * 1e3, "ms"),
-            "bytes": sum(recipe.passes().values()),
-            "passes": recipe.passes(),
-        },
-        "ratio": _spread(ratio, "ratio"),
-        "difference": difference,
-        "steps": options.compare_steps,
-        "threads": torch.get_num_threads(),
-    }
+def main(argv=None):
+    """Parse, read, print, write; returns the exit status (0 or 2)."""
+    try:
+        options = _parser().parse_args(argv)
+        for name in ("plot", "json"):
+            file = getattr(options, name)
+            if file and not Path(file).parent.is_dir():
+                raise ValueError(f"--{name} {file}: there is no folder {Path(file).parent}")
+        named = read(options.runs)
+        rows = order(named, options.sort)
+        print("\n".join(lines(rows)))
+        _write(rows, named, options)
+    except (ValueError, OSError) as error:
+        print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
-class Fused:
-    """The run's own optimizer, state included, over a copy of the model."""
-
-    def __init__(self, run):
-        self.model = copy.deepcopy(run.model)
-        self.optimizer = run.build(self.model)
-        self.optimizer.load_state_dict(run.optimizer.state_dict())
-        for group in self.optimizer.param_groups:
-            group["lr"] = run.args.learning_rate
-
-    def step(self):
-        self.optimizer.step()
-
-    def bytes_per_step(self):
-        return self.optimizer.explain().bytes_per_step
-
-    def averages(self):
-        state = self.optimizer.state
-        return [state[p]["ema_0"] for p in self.model.parameters() if "ema_0" in state[p]]
+def _parser():
+    parser = argparse.ArgumentParser(prog=PROG, description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run, or a folder of such folders")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves together into this PNG file")
+    parser.add_argument("--json", metavar="FILE", help="write the table and the curves to this file")
+    parser.add_argument("--sort", metavar="KEY", choices=("name", *COLUMNS), help="one of: name, " + ", ".join(COLUMNS))
+    parser.error = _refuse
+    return parser
 
 
-class Recipe:
-    """The same step as one would write it with torch: its fused optimizer, and a pass for every other stage.
-
-    Frozen parameters are left out of the optimizer and the norm, as requires_grad_(False) would.
-    """
-
-    def __init__(self, run):
-        self.model = copy.deepcopy(run.model)
-        copies = dict(zip(run.model.parameters(), self.model.parameters()))
-        groups = [g for g in run.optimizer.param_groups if not run.frozen.keys() & set(g["params"])]
-        self.free = [copies[p] for g in groups for p in g["params"]]
-        self.max_grad_norm = groups[0]["max_grad_norm"]
-        self.masks = [(copies[p], run.optimizer.prune_mask(p)) for p in prunable(run.optimizer)]
-        self.masks = [(p, mask) for p, mask in self.masks if mask is not None]
-        self.optimizer = _torch_optimizer(run, groups, copies)
-        self.average = self._average(run, groups[0]["ema"], groups[0]["steps"])
-
-    def _average(self, run, averages, steps):
-        if not averages:
-            return None
-        decay, warmup = averages[0]["decay"], averages[0]["warmup"]
-
-        def update(ema, parameters, updates):
-            s = steps + int(updates) - 1  # updates starts at 1: AveragedModel has its first copy already
-            now = min(decay, 1 - (1 + s) ** (-2 / 3)) if warmup == "timm" else decay
-            get_ema_multi_avg_fn(now)(ema, parameters, updates)
-
-        average = AveragedModel(self.model, multi_avg_fn=update)
-        average.n_averaged.fill_(1)
-        with torch.no_grad():
-            for p, q in zip(average.module.parameters(), run.model.parameters()):
-                p.copy_(run.optimizer.state[q]["ema_0"])
-        return average
-
-    def step(self):
-        with torch.no_grad():
-            for p, mask in self.masks:
-                p.grad.masked_fill_(mask, 0.0)
-        if self.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.free, self.max_grad_norm)
-        self.optimizer.step()
-        with torch.no_grad():
-            for p, mask in self.masks:
-                p.masked_fill_(mask, 0.0)
-        if self.average:
-            self.average.update_parameters(self.model)
-
-    def averages(self):
-        return list(self.average.module.parameters()) if self.average else []
-
-    def passes(self):
-        """Bytes that each pass moves: 1 for a boolean mask's entry, 4 for a float32 read or written."""
-        free, masked = sum(p.numel() for p in self.free), sum(p.numel() for p, _ in self.masks)
-        slots = len([v for v in self.optimizer.state[self.free[0]].values() if v.shape == self.free[0].shape])
-        everything = sum(p.numel() for p in self.model.parameters())
-        return {
-            "gradient mask": 9 * masked,
-            "norm and clip": 12 * free if self.max_grad_norm else 0,
-            "optimizer": 4 * (3 + 2 * slots) * free,
-            "weight mask": 9 * masked,
-            "average": 12 * everything if self.average else 0,
-        }
+def _refuse(message):
+    raise ValueError(message)
 
 
-def _torch_optimizer(run, groups, copies):
-    """torch's optimizer over the copies, fused where torch has that, with the moments of the run's."""
-    kind = TORCH_CLASSES[run.options.optimizer]
-    names = set(inspect.signature(kind).parameters) - {"params", "foreach", "fused"}
-    plain = [
-        {"params": [copies[p] for p in g["params"]], **{k: v for k, v in g.items() if k in names}}
-        for g in groups
+def read(folders):
+    """{name: metrics} of all runs in these folders. Raises ValueError for a folder that holds no finished run."""
+    found = {}
+    for given in map(Path, folders):
+        if not given.is_dir():
+            raise ValueError(f"{given}: there is no such folder")
+        inside = sorted(path.parent for path in given.glob(f"*/{METRICS}"))
+        own = [given] if (given / METRICS).is_file() else []
+        if not own and not inside:
+            unfinished = any((given / name).exists() for name in ("config.yaml", "log.txt"))
+            raise ValueError(
+                f"{given}: this run is not finished, it has no {METRICS}: continue it with --resume_from_checkpoint"
+                if unfinished
+                else f"{given}: this is no run of fuseopt finetune, and there is none in it: no {METRICS}"
+            )
+        for path in own or inside:
+            found[os.path.realpath(path)] = path, metrics(path)
+    names = _names([path for path, _ in found.values()])
+    return {name: content for name, (_, content) in zip(names, found.values())}
+
+
+def metrics(folder):
+    """The metrics of a finished run. Raises ValueError for a file that is damaged or not of such a run."""
+    path = Path(folder) / METRICS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and Unicode's
+        raise ValueError(f"{path}: this is damaged, not JSON: repeat the run with --overwrite") from error
+    missing = [name for name in NEEDED if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} missing: this was not written by this version: repeat the run")
+    return content
+
+
+def _names(paths):
+    """Names as short as they can be told apart: the last folder, or the path from the common one."""
+    short = [path.resolve().name for path in paths]
+    if len(set(short)) == len(short):
+        return short
+    common = os.path.commonpath([path.resolve() for path in paths])
+    return [os.path.relpath(path.resolve(), common) for path in paths]
+
+
+def differences(named):
+    """{name: {option: value}}: the options whose value is not the same in all runs."""
+    options = {name: content["options"] for name, content in named.items()}
+    every = dict.fromkeys(key for one in options.values() for key in one if key not in NO_DIFFERENCE)
+    differing = [key for key in every if len({json.dumps(one.get(key)) for one in options.values()}) > 1]
+    return {name: {key: one.get(key) for key in differing} for name, one in options.items()}
+
+
+def order(named, key):
+    """The rows of the table, as dicts with "name", the columns and "differs"; None sorts last."""
+    differing = differences(named)
+    rows = [
+        {"name": name} | {c: value(content) for c, (_, value, _) in COLUMNS.items()} | {"differs": differing[name]}
+        for name, content in named.items()
     ]
-    for group in plain:
-        group["lr"] = run.args.learning_rate
-    speed = "fused" if "fused" in inspect.signature(kind).parameters else "foreach"
-    optimizer = kind(plain, lr=run.args.learning_rate, **{speed: True})
-    for p, q in copies.items():
-        if any(q is free for g in plain for free in g["params"]):
-            state = run.optimizer.state[p]
-            optimizer.state[q] = {
-                k: v.clone() if torch.is_tensor(v) else v
-                for k, v in state.items()
-                if not k.startswith(("ema_", "prune_", "mask_"))
-            }
-    return optimizer
+    if key is None:
+        return rows
+    known = sorted((row for row in rows if row[key] is not None), key=lambda r: r[key], reverse=key in FALLING)
+    return known + [row for row in rows if row[key] is None]
 
 
-def _gradients(run, batch_size):
-    """The gradients of one training batch, in the order of the parameters."""
-    model = copy.deepcopy(run.model).train()
-    batch = run.data.train[:batch_size]
-    images = torch.stack([row["images"] for row in batch]).to(run.args.device)
-    labels = torch.tensor([row["labels"] for row in batch], device=run.args.device)
-    return torch.autograd.grad(model(images, labels)["loss"], list(model.parameters()))
+def lines(rows):
+    """The table as lines of text."""
+    head = ("run", *(title for title, _, _ in COLUMNS.values()))
+    shown = [[row["name"], *(show(row[key]) for key, (_, _, show) in COLUMNS.items())] for row in rows]
+    body = table(head, shown)
+    if len(rows) == 1:
+        return body
+    width = max(map(len, body))
+    differs = ["options that differ", *(_words(row["differs"]) for row in rows)]
+    return [f"{line.ljust(width)}  {words}".rstrip() for line, words in zip(body, differs)]
 
 
-def _step(contestant, gradients):
-    """One step from these gradients; returns its seconds. Setting the gradients is not timed."""
-    for p, g in zip(contestant.model.parameters(), gradients):
-        p.grad = g.clone()
-    begin = time.perf_counter()
-    contestant.step()
-    return time.perf_counter() - begin
+def _words(options):
+    return " ".join(f"{key}={_value(value)}" for key, value in options.items())
 
 
-def _difference(ours, recipe, gradients):
-    """The greatest difference of any weight or averaged weight after a few steps of each."""
-    for _ in range(CHECKED_STEPS):
-        _step(ours, gradients), _step(recipe, gradients)
-    pairs = [
-        *zip(ours.model.parameters(), recipe.model.parameters()),
-        *zip(ours.averages(), recipe.averages()),
-    ]
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+def _value(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _alternate(ours, recipe, gradients, steps):
-    """Seconds, shape (2, steps): one step of each in turn, after a few that are not counted."""
-    times = [[_step(ours, gradients), _step(recipe, gradients)] for _ in range(WARMUP_STEPS + steps)]
-    return np.array(times[WARMUP_STEPS:]).T
+def _median(content, name):
+    timed = content["time"].get(name)
+    return timed and timed["median"]
 
 
-def _spread(values, unit):
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {unit: float(median), "quartiles": [float(low), float(high)]}
+def _verdict(content):
+    checked = content.get("verification")
+    return checked and ("passed" if checked["passed"] else "FAILED")
+
+
+def _write(rows, named, options):
+    """The files that were asked for."""
+    if options.json:
+        content = {"runs": rows, "curves": {row["name"]: named[row["name"]]["curves"] for row in rows}}
+        _put(options.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+    if options.plot:
+        from fuseopt.finetune.plot import runs
+
+        _put(options.plot, lambda path: runs({row["name"]: named[row["name"]] for row in rows}, path))
+
+
+def _put(file, write):
+    from fuseopt.finetune.folder import write_all  # imports transformers, which takes seconds
+
+    file = Path(file)
+    write_all(file.parent, {file.name: write})
+    print(f"written: {file}")
