@@ -6,21 +6,36 @@ import sys
 import fuseopt
 
 
-def _harness(command):
-    """A command of fuseopt.finetune, which is imported when it runs."""
+def _finetune(argv):
+    from fuseopt.finetune import main
 
-    def run(argv):
-        from fuseopt.finetune import main
+    return main(argv)
 
-        return main(argv, command)
 
-    return run
+def _compare(argv):
+    from fuseopt.finetune import missing_extras
+
+    if missing_extras("fuseopt compare"):
+        return 2
+    from fuseopt.finetune.compare import main
+
+    return main(argv)
+
+
+def _search(argv):
+    from fuseopt.finetune import missing_extras
+
+    if missing_extras("fuseopt search", {"optuna": "optuna"}):
+        return 2
+    from fuseopt.finetune.search import main
+
+    return main(argv)
 
 
 COMMANDS = {
-    "finetune": (_harness("finetune"), "fine-tune a pretrained model with a fused optimizer, checking every step"),
-    "compare": (_harness("compare"), "print and plot finished runs beside one another"),
-    "search": (_harness("search"), "search the best values of any options, each trial a run"),
+    "finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step"),
+    "compare": (_compare, "print and plot finished runs beside one another"),
+    "search": (_search, "search the best values of any options, each trial a run"),
 }
 
 

@@ -9,24 +9,21 @@ report.py    summary table, plot, and files that are written whole or not at all
 pretrain.py  makes the embedded checkpoint: python -m fuseopt.finetune.pretrain
 """
 
-import importlib
 import importlib.util
 import sys
 
 EXTRAS = ("transformers", "accelerate", "sklearn", "matplotlib", "safetensors")
-COMMANDS = {  # the module of a command, and what else has to be installed
-    "finetune": ("cli", ()),
-    "compare": ("compare", ()),
-    "search": ("search", ("optuna", "yaml")),
-}
 
 
-def main(argv=None, command="finetune"):
-    """Run `fuseopt COMMAND` with these arguments and return its exit status (see fuseopt.__main__.main)."""
-    module, more = COMMANDS[command]
-    missing = [name for name in (*EXTRAS, *more) if importlib.util.find_spec(name) is None]
+def main(argv=None):
+    """Run `fuseopt finetune` with these arguments and return its exit status (see fuseopt.__main__.main)."""
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        print(f"fuseopt {command}: {names} not installed: run pip install 'fuseopt[finetune]'", file=sys.stderr)
+        print(
+            f"fuseopt finetune: {names} not installed: run pip install 'fuseopt[finetune]'", file=sys.stderr
+        )
         return 2
-    return importlib.import_module(f"fuseopt.finetune.{module}").main(argv)
+    from fuseopt.finetune.cli import main as run
+
+    return run(argv)

@@ -13,11 +13,12 @@ from pathlib import Path
 from fuseopt.finetune import data as sets
 from fuseopt.finetune import folder, plot
 from fuseopt.finetune.report import confusion_text, used
+from fuseopt.finetune.resume import last_checkpoint
 from fuseopt.finetune.table import decimals, percent, table
 
 
 @dataclass
-class FoldOptions:
+class FoldsOptions:
     """Runs over parts of the data."""
 
     _argument_group_name = "several runs"
@@ -38,58 +39,55 @@ class FoldOptions:
     )
 
 
-def check(options, args):
-    """Raise ValueError for values that make no sense; returns whether several runs are asked for."""
-    shares = options.learning_curve
-    if options.folds < 0 or options.folds == 1:
+def cross_validate(options, args, train_once):
+    """k runs, each tested on another k-th of all rows; returns the exit status, 1 if a verification failed.
+
+    train_once: function (options, args, data) -> what metrics.json holds. Raises ValueError and OSError.
+    """
+    if options.folds < 2:
         raise ValueError(f"--folds {options.folds}: must be 2 or more, or 0 for one run")
-    if options.folds and shares:
+    if options.learning_curve:
         raise ValueError("--folds and --learning_curve: choose one of them")
+    parts = sets.folds(sets.load(options, args.seed), options.folds, args.seed)
+    named = {f"fold-{k}": part for k, part in enumerate(parts, start=1)}
+    return _train(options, args, named, train_once, _write_folds)
+
+
+def learning_curve(options, args, train_once):
+    """One run with each share of the training rows, all tested on the same rows; as cross_validate."""
+    shares = sorted(options.learning_curve)
     for share in shares:
         if not 0.01 <= share <= 1:
             raise ValueError(f"--learning_curve {share:g}: a share must be from 0.01 to 1")
-    if len({_name(share) for share in shares}) < len(shares):
+    names = [f"share-{share:.2f}" for share in shares]
+    if len(set(names)) < len(names):
         raise ValueError(f"--learning_curve {' '.join(map(str, shares))}: two shares are equal to two decimals")
-    several = bool(options.folds or shares)
-    if several and args.resume_from_checkpoint not in (None, "last"):
-        raise ValueError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint}: with several runs give it without a folder"
-        )
-    return several
+    parts = sets.shares(sets.load(options, args.seed), shares, args.seed)
+    return _train(options, args, dict(zip(names, parts)), train_once, _write_curve)
 
 
-def _name(share):
-    return f"share-{share:.2f}"
-
-
-def run(options, args, data, train_once):
-    """Train the parts, each by train_once(options, args, data) -> metrics; print and write what they say together.
-
-    Returns the exit status: 1 if the verification of a run failed, else 0. Raises ValueError and OSError.
-    """
-    if options.folds:
-        parts = sets.folds(data, options.folds, args.seed)
-        names = [f"fold-{k}" for k in range(1, options.folds + 1)]
-    else:
-        shares = sorted(options.learning_curve)
-        parts, names = sets.shares(data, shares, args.seed), [_name(share) for share in shares]
+def _train(options, args, parts, train_once, write):
+    """Train the named parts in turn; the first process prints and writes what they say together."""
     _open(options, args)
-    metrics = {}
-    for name, part in zip(names, parts):
-        print(f"\n{name}: {len(part.train):,} training rows, {len(part.test):,} test rows", flush=True)
+    first, metrics = args.process_index == 0, {}
+    for name, part in parts.items():
+        if first:
+            print(f"\n{name}: {len(part.train):,} training rows, {len(part.test):,} test rows", flush=True)
         metrics[name] = train_once(*part_of(options, args, name), part)
-    write = _write_folds if options.folds else _write_curve
-    print("\n" + write(args.output_dir, metrics, parts))
+    if first:
+        print("\n" + write(args.output_dir, metrics, parts.values()))
     checks = [one["verification"] for one in metrics.values()]
     return int(any(one is not None and not one["passed"] for one in checks))
 
 
 def _open(options, args):
     """Refuse an output folder that is in use, unless its runs are to be continued or replaced."""
-    path = Path(args.output_dir)
+    path, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted not in (None, "last"):
+        raise ValueError(f"--resume_from_checkpoint {wanted}: with several runs give it without a folder")
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {path}: this is a file, not a folder")
-    if path.exists() and any(path.iterdir()) and not (options.overwrite or args.resume_from_checkpoint):
+    if path.exists() and any(path.iterdir()) and not (options.overwrite or wanted):
         raise ValueError(
             f"--output_dir {path} is not empty: pass --resume_from_checkpoint to continue the runs in it, or "
             "--overwrite to replace them"
@@ -101,7 +99,7 @@ def part_of(options, args, name):
     """Options and arguments of one run: its own folder, from its last checkpoint where it is to continue."""
     options, args = copy.copy(options), copy.deepcopy(args)
     args.output_dir = str(Path(args.output_dir) / name)
-    if args.resume_from_checkpoint and folder.last_checkpoint(args.output_dir) is None:
+    if args.resume_from_checkpoint and last_checkpoint(args.output_dir) is None:
         args.resume_from_checkpoint, options.overwrite = None, True  # it had just begun, or not yet
     return options, args
 

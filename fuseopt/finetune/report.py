@@ -21,6 +21,25 @@ WEIGHTS = ("raw", "average", "int8")
 FILES = {"raw": "model", "average": "model_average", "int8": "model_int8"}
 
 
+def headline(run):
+    """Three lines that say what is about to run."""
+    options, args, optimizer = run.options, run.args, run.optimizer
+    fixed = {p for p in run.model.parameters() if not p.requires_grad} | set(run.frozen)
+    frozen = f"; {sum(p.numel() for p in fixed):,} frozen" if fixed else ""
+    prune = next((g["prune"] for g in optimizer.param_groups if g.get("prune") is not None), None)
+    backend = f", backend {optimizer.explain().backend}" if hasattr(optimizer, "explain") else ""
+    stages = [f"learning rate {args.learning_rate:g}", f"decay {args.weight_decay:g}"]
+    stages += [f"clip {run.max_grad_norm:g}"] if run.max_grad_norm else []
+    stages += [f"L1 {options.l1:g}"] if options.l1 else []
+    stages += [f"average {options.average}"] if options.average != "none" else []
+    stages += [f"pruning at steps {prune['begin']} to {prune['end'] or prune['begin']}"] if prune else []
+    return (
+        f"model      {run.start.description}{frozen}\n"
+        f"data       {run.data.description}\n"
+        f"optimizer  {type(optimizer).__name__}{backend}, {args.max_steps:,} steps: {', '.join(stages)}"
+    )
+
+
 def evaluate(run, trainer):
     """Every set of weights on the test rows, the proofs of sparsity and freeze, times and memory.
 
@@ -195,7 +214,7 @@ def _model_writers(run, sizes):
     kept = {"model": run.model, "model_average": run.averaged}
     writers = {name: (models.save, (model, run.processor)) for name, model in kept.items() if model is not None}
     if run.int8 is not None:
-        writers["model_int8"] = (quantize.save, (run.int8, run.processor))
+        writers["model_int8"] = (_save_int8, (run.int8, run.processor))
 
     def writer(name, save, what):
         def write_model(path):
@@ -205,6 +224,14 @@ def _model_writers(run, sizes):
         return write_model
 
     return {name: writer(name, save, what) for name, (save, what) in writers.items()}
+
+
+def _save_int8(model, processor, folder):
+    """The 8-bit weights, for quantize.load, beside the configuration of the model and its processor."""
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    quantize.save(model, folder / "model.safetensors")
 
 
 def _report(run, results, verification):

@@ -5,7 +5,6 @@ test rows, on which accuracy is reported, are not looked at. The part is the sam
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -23,8 +22,9 @@ from fuseopt.finetune import cli, plot
 from fuseopt.finetune import data as sets
 from fuseopt.finetune import options as finetune_options
 from fuseopt.finetune import space as spaces
-from fuseopt.finetune.folder import last_checkpoint, write_all
+from fuseopt.finetune.folder import write_all
 from fuseopt.finetune.report import used
+from fuseopt.finetune.resume import last_checkpoint
 from fuseopt.finetune.table import decimals, table
 
 PROG = "fuseopt search"
@@ -172,7 +172,8 @@ def held_out(data, share, seed):
         train, validation = train_test_split(data.train, test_size=share, stratify=labels, random_state=seed)
     except ValueError as error:  # sklearn's: a class of one row, or a part with fewer rows than classes
         raise ValueError(f"--validation_share {share:g} of {len(labels)} training rows: {error}") from error
-    return dataclasses.replace(data, train=train, test=validation)
+    text = f"{data.description}; of the training rows {len(validation)} are kept out to score {len(train)}"
+    return dataclasses.replace(data, train=train, test=validation, description=text)
 
 
 # ---- the trials ------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def execute(search):
         if finished:
             _write(search)
     if not finished:
-        errors = {t.user_attrs["error"] for t in search.study.trials}
+        errors = {_why(search.study, t) for t in search.study.trials}
         print(f"{PROG}: every trial failed: {'; '.join(sorted(errors))}", file=sys.stderr)
         return 1
     print("\n" + "\n".join(_table(search)))
@@ -226,7 +227,7 @@ def _run(search, number, values):
         score = _score(search, number, values)
     except FAILURES as error:
         message = " ".join(str(error).split())
-        study._storage.set_trial_user_attr(study.trials[number]._trial_id, "error", message)
+        study.set_user_attr(_error(number), message)
         study.tell(number, state=TrialState.FAIL)
         print(f"trial {number} failed: {message}", file=sys.stderr)
     else:
@@ -239,7 +240,6 @@ def _score(search, number, values):
     options, args = finetune_options.parse([*search.argv, *spaces.words(values), "--output_dir", str(output_dir)])
     checkpoint = last_checkpoint(output_dir) if search.settings.again else None
     args.resume_from_checkpoint = checkpoint and "last"
-    options = copy.copy(options)
     options.overwrite = not checkpoint
     data = held_out(sets.load(options, search.seed), search.settings.validation_share, search.seed)
     metrics = cli.train_once(options, args, data)
@@ -256,6 +256,15 @@ def _score(search, number, values):
 
 def _finished(study):
     return [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+
+
+def _error(number):
+    return f"error of trial {number}"
+
+
+def _why(study, trial):
+    """Why a trial failed; None for one that did not."""
+    return study.user_attrs.get(_error(trial.number))
 
 
 def _text(values):
@@ -275,17 +284,14 @@ def _table(search):
         for t in finished + failed
     ]
     lines = table(("trial", search.settings.score, *search.space), rows)
-    return lines + [f"trial-{t.number:03d} failed: {t.user_attrs.get('error', 'unknown')}" for t in failed]
+    return lines + [f"trial-{t.number:03d} failed: {_why(search.study, t)}" for t in failed]
 
 
 def _write(search):
     """best.yaml, trials.txt, trials.json and trials.png."""
     study, name = search.study, search.settings.score
     finished, best = _finished(study), study.best_trial
-    content = [
-        {"trial": t.number, "state": t.state.name.lower(), name: t.value, "options": t.params, **t.user_attrs}
-        for t in study.trials
-    ]
+    content = [{"trial": t.number, name: t.value, "options": t.params, "error": _why(study, t)} for t in study.trials]
     scores = {t.number: t.value for t in finished}
     parameters = {
         option: ("log" if getattr(of, "log", False) else "linear", {t.number: t.params[option] for t in finished})
