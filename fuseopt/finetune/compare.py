@@ -17,8 +17,9 @@ file, whether the steps were verified, and the options in which the runs differ.
 METRICS = "metrics.json"
 # What a run must have said; an older or damaged file is refused.
 NEEDED = ("accuracy", "sparsity", "time", "memory", "size", "options", "curves")
-# Where a run is and how it is shown decides nothing.
-NO_DIFFERENCE = ("output_dir", "run_name", "overwrite", "resume_from_checkpoint")
+# Where a run is, what it shows and what it writes on its way decide nothing; max_steps says what the epochs come to.
+NO_DIFFERENCE = {"output_dir", "run_name", "verify", "compare_steps", "quantize", "disable_tqdm", "report_to"}
+NO_DIFFERENCE |= {"num_train_epochs", "save_strategy", "save_steps", "save_total_limit", "logging_steps"}
 
 # {key of --sort: (title, value of a run's metrics, how it is shown)}
 COLUMNS = {
@@ -144,7 +145,7 @@ def lines(rows):
 
 
 def _words(options):
-    return " ".join(f"{key}={_value(value)}" for key, value in options.items())
+    return " ".join(f"{key}={_value(value)}" for key, value in options.items() if value not in (None, [], ""))
 
 
 def _value(value):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fuseopt.finetune import data as sets
 from fuseopt.finetune import folder, plot
-from fuseopt.finetune.report import confusion_text, used
+from fuseopt.finetune.report import LABELS, confusion_text, used
 from fuseopt.finetune.resume import last_checkpoint
 from fuseopt.finetune.table import decimals, percent, table
 
@@ -119,7 +119,7 @@ def _write_folds(output_dir, metrics, parts):
     first = next(iter(metrics.values()))
     names, chosen = first["classes"], used(first)
     pooled = sum_of([one["confusion"][chosen] for one in metrics.values()])
-    whole = f"{text}\n\nall folds together, {chosen} weights\n\n{confusion_text(pooled, names)}\n"
+    whole = f"{text}\n\nall folds together, {LABELS[chosen]}\n\n{confusion_text(pooled, names)}\n"
     content = {"scores": scores, "mean": means, "standard_deviation": spread, "confusion": pooled, "classes": names}
     writers = {
         "folds.json": lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"),

@@ -7,7 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 OURS, OTHER, NEUTRAL = "#1b6ca8", "#d9822b", "#667085"
 NUMBERED_CLASSES, NAMED_CLASSES = 30, 60  # up to so many classes a matrix shows its counts, its names
@@ -33,7 +33,7 @@ def _figure(path, rows, columns, size, title=None):
             yield list(axes.flat)
             if title:
                 figure.suptitle(title, fontsize=12)
-            figure.savefig(path, dpi=130, format="png")
+            figure.savefig(path, dpi=130, format="png", bbox_inches="tight")
         finally:
             plt.close(figure)
 
@@ -117,7 +117,7 @@ def _learning_rate(axis, curves):
     axis.plot(*_series(curves, "learning_rate"), color=OURS)
     axis.set(title="Learning rate", ylabel="learning rate of the first group")
     axis.set_ylim(bottom=0)
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
 
 
 def _sparsity(axis, curves):
@@ -154,12 +154,12 @@ def confusion(matrix, names, title, path):
     count = len(names)
     side = min(16, max(4.5, 2.5 + 0.38 * count))
     shares = [[n / max(sum(row), 1) for n in row] for row in matrix]
-    with _figure(path, 1, 1, (side + 0.8, side), title) as (axis,):
+    with _figure(path, 1, 1, (side + 0.8, side)) as (axis,):
         image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         bar = axis.figure.colorbar(image, ax=axis, fraction=0.04, format=PercentFormatter(1, decimals=0))
         bar.set_label("share of the true class")
         axis.grid(False)
-        axis.set(xlabel="found", ylabel="true")
+        axis.set(title=title, xlabel="found", ylabel="true")
         if count <= NAMED_CLASSES:
             short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
             angle = 90 if count > 8 and max(map(len, short)) > 2 else 30 if max(map(len, short)) > 7 else 0

@@ -17,7 +17,7 @@ from fuseopt.finetune.folder import write_all
 from fuseopt.finetune.table import decimals, percent, size, table
 
 MATRIX_CLASSES = 30  # a confusion matrix of more is given as its most frequent confusions
-WEIGHTS = ("raw", "average", "int8")
+LABELS = {"raw": "raw weights", "average": "averaged weights", "int8": "8-bit weights"}
 FILES = {"raw": "model", "average": "model_average", "int8": "model_int8"}
 
 
@@ -123,7 +123,7 @@ def summary(run, results, verification):
 def _weights_table(results):
     counts, sizes = results["sparsity"], results.get("size", {})
     rows = []
-    for key, label in (("raw", "raw weights"), ("average", "averaged weights"), ("int8", "8-bit weights")):
+    for key, label in LABELS.items():
         before = f"{key}_before_pruning"
         if before in results["accuracy"]:
             values = results["accuracy"][before], None, results["loss"].get(before)
@@ -200,7 +200,7 @@ def write(run, results, verification):
         ),
         "report.txt": lambda path: path.write_text(_report(run, results, verification), encoding="utf-8"),
         "confusion.png": lambda path: plot.confusion(
-            results["confusion"][chosen], run.data.names, f"Confusions of the {chosen} weights", path
+            results["confusion"][chosen], run.data.names, f"Confusions of the {LABELS[chosen]}", path
         ),
         "plot.png": lambda path: plot.draw(run, results, path),
     }
@@ -237,9 +237,9 @@ def _save_int8(model, processor, folder):
 def _report(run, results, verification):
     """report.txt: the summary, then the classification report and the confusions of each set of weights."""
     parts = [summary(run, results, verification).lstrip("\n")]
-    for name in [name for name in WEIGHTS if name in results["report"]]:
+    for name, text in results["report"].items():
         confusions = confusion_text(results["confusion"][name], run.data.names)
-        parts.append(f"{name} weights\n\n{results['report'][name]}\n{confusions}")
+        parts.append(f"{LABELS[name]}\n\n{text}\n{confusions}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,18 +5,22 @@ test rows, on which accuracy is reported, are not looked at. The part is the sam
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import optuna
 import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from sklearn.model_selection import train_test_split
+from transformers.utils import logging as transformers_logging
 
 from fuseopt.finetune import cli, plot
 from fuseopt.finetune import data as sets
@@ -56,6 +60,8 @@ class Search:
 def main(argv=None):
     """Parse, search, write; returns the exit status."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     search = None
     try:
         search = prepare(sys.argv[1:] if argv is None else list(argv))
@@ -214,7 +220,8 @@ def _next(search):
         return running[0].number, running[0].params
     if len(trials) >= search.settings.trials:
         return None
-    search.study.sampler = optuna.samplers.TPESampler(seed=search.seed + len(trials))
+    seed = int(np.random.SeedSequence([search.seed, len(trials)]).generate_state(1)[0])
+    search.study.sampler = optuna.samplers.TPESampler(seed=seed)
     trial = search.study.ask(search.space)
     return trial.number, trial.params
 
@@ -222,7 +229,7 @@ def _next(search):
 def _run(search, number, values):
     """Run one trial and record its score, or why it has none."""
     study, name = search.study, search.settings.score
-    print(f"\ntrial {number}: {_text(values)}", flush=True)
+    print(f"trial {number}: {_text(values)}", flush=True)
     try:
         score = _score(search, number, values)
     except FAILURES as error:
@@ -242,7 +249,8 @@ def _score(search, number, values):
     args.resume_from_checkpoint = checkpoint and "last"
     options.overwrite = not checkpoint
     data = held_out(sets.load(options, search.seed), search.settings.validation_share, search.seed)
-    metrics = cli.train_once(options, args, data)
+    with contextlib.redirect_stdout(io.StringIO()):  # report.txt has it
+        metrics = cli.train_once(options, args, data)
     if metrics["verification"] is not None and not metrics["verification"]["passed"]:
         raise ValueError("the verification failed")
     score = metrics[search.settings.score][used(metrics)]
