@@ -12,8 +12,30 @@ def _finetune(argv):
     return main(argv)
 
 
+def _compare(argv):
+    from fuseopt.finetune import missing_extras
+
+    if missing_extras("fuseopt compare"):
+        return 2
+    from fuseopt.finetune.compare import main
+
+    return main(argv)
+
+
+def _search(argv):
+    from fuseopt.finetune import missing_extras
+
+    if missing_extras("fuseopt search", {"optuna": "optuna"}):
+        return 2
+    from fuseopt.finetune.search import main
+
+    return main(argv)
+
+
 COMMANDS = {
-    "finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step")
+    "finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step"),
+    "compare": (_compare, "print and plot finished runs beside one another"),
+    "search": (_search, "search the best values of any options, each trial a run"),
 }
 
 

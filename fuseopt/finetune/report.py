@@ -1,189 +1,269 @@
-"""What a person sees at the end: the summary table and the files."""
+"""What a person sees at the end: each set of weights evaluated, the summary table, and the files."""
 
 import copy
 import json
 import platform
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from safetensors.torch import save
-from sklearn.metrics import accuracy_score, classification_report
+from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 
 import fuseopt
+from fuseopt.finetune import measure, models, plot, quantize
 from fuseopt.finetune.folder import write_all
-from fuseopt.finetune.plot import draw
-from fuseopt.finetune.train import prunable
+from fuseopt.finetune.table import decimals, percent, size, table
+
+MATRIX_CLASSES = 30  # a confusion matrix of more is given as its most frequent confusions
+LABELS = {"raw": "raw weights", "average": "averaged weights", "int8": "8-bit weights"}
+FILES = {"raw": "model", "average": "model_average", "int8": "model_int8"}
 
 
 def headline(run):
     """Three lines that say what is about to run."""
-    options, args = run.options, run.args
-    parameters = sum(p.numel() for p in run.model.parameters())
-    frozen = sum(p.numel() for p in run.frozen)
-    prune = next((g["prune"] for g in run.optimizer.param_groups if g["prune"] is not None), None)
-    stages = [f"lr {args.learning_rate:g}", f"decay {args.weight_decay:g}"]
-    stages += [f"clip {run.resolved['max_grad_norm']:g}"] if run.resolved["max_grad_norm"] else []
+    options, args, optimizer = run.options, run.args, run.optimizer
+    fixed = {p for p in run.model.parameters() if not p.requires_grad} | set(run.frozen)
+    frozen = f"; {sum(p.numel() for p in fixed):,} frozen" if fixed else ""
+    prune = next((g["prune"] for g in optimizer.param_groups if g.get("prune") is not None), None)
+    backend = f", backend {optimizer.explain().backend}" if hasattr(optimizer, "explain") else ""
+    stages = [f"learning rate {args.learning_rate:g}", f"decay {args.weight_decay:g}"]
+    stages += [f"clip {run.max_grad_norm:g}"] if run.max_grad_norm else []
     stages += [f"L1 {options.l1:g}"] if options.l1 else []
-    stages += [f"EMA {options.ema_decay:g}"] if options.ema_decay else []
-    stages += (
-        [f"{options.sparsity:.0%} pruned, from step {prune['begin']} to {prune['end'] or prune['begin']}"]
-        if prune
-        else []
-    )
-    start = options.pretrained or "embedded, digits 0-4"
+    stages += [f"average {options.average}"] if options.average != "none" else []
+    stages += [f"pruning at steps {prune['begin']} to {prune['end'] or prune['begin']}"] if prune else []
     return (
-        f"model      {start}: {parameters:,} parameters, {frozen:,} frozen\n"
-        f"data       {options.data or 'digits 5-9'}: {len(run.data.train)} training and {len(run.data.test)} "
-        f"test images, classes {' '.join(run.data.names)}\n"
-        f"optimizer  {type(run.optimizer).__name__}, backend {run.optimizer.explain().backend}, "
-        f"{args.max_steps} steps: {', '.join(stages)}"
+        f"model      {run.start.description}{frozen}\n"
+        f"data       {run.data.description}\n"
+        f"optimizer  {type(optimizer).__name__}{backend}, {args.max_steps:,} steps: {', '.join(stages)}"
     )
 
 
 def evaluate(run, trainer):
-    """Accuracy of every set of weights (from 0 to 1), and the proofs of sparsity and freeze."""
-    history = trainer.state.log_history
-    found = trainer.predict(run.data.test)
-    predictions = {"raw": found.predictions.argmax(-1)}
-    accuracy = {"raw": accuracy_score(found.label_ids, predictions["raw"])}
-    run.ema_model = None
-    if run.options.ema_decay:
+    """Every set of weights on the test rows, the proofs of sparsity and freeze, times and memory.
+
+    Sets run.averaged and run.int8, the models with averaged and with 8-bit weights, or None. Returns plain data.
+    """
+    test, history = trainer.eval_dataset, trainer.state.log_history
+    scores = {"raw": _score(run, trainer.predict(test))}
+    run.averaged = run.int8 = None
+    if run.optimizer.param_groups[0].get("ema"):
         with run.optimizer.swap_ema():
-            predictions["ema"] = trainer.predict(run.data.test).predictions.argmax(-1)
-            run.ema_model = copy.deepcopy(run.model)
-        accuracy["ema"] = accuracy_score(found.label_ids, predictions["ema"])
+            scores["average"] = _score(run, trainer.predict(test))
+            run.averaged = copy.deepcopy(run.model)
+    if run.options.quantize:
+        run.int8 = quantize.quantized(run.averaged or run.model)
+        scores["int8"] = _score(run, _predict_with(trainer, run.int8, test))
+    results = {key: {name: score[key] for name, score in scores.items()} for key in scores["raw"]}
+    results["accuracy"] |= _before_pruning(run, history, "accuracy")
+    results["loss"] |= _before_pruning(run, history, "loss")
     return {
-        "accuracy": accuracy | _before_pruning(run, history),
-        "sparsity": _sparsity(run),
-        "frozen": {
-            "entries": sum(p.numel() for p in run.frozen),
-            "changed": sum(int((p != start).sum()) for p, start in run.frozen.items()),
-        },
-        "report": {
-            name: classification_report(
-                found.label_ids,
-                chosen,
-                labels=range(len(run.data.names)),
-                target_names=run.data.names,
-                zero_division=0,
-                digits=3,
-            )
-            for name, chosen in predictions.items()
-        },
+        **results,
+        "sparsity": measure.sparsity(run),
+        "frozen": measure.frozen(run),
+        "time": measure.times(trainer),
+        "memory": measure.memory(run),
         "curves": history,
     }
 
 
-def _before_pruning(run, history):
-    begins = [g["prune"]["begin"] for g in run.optimizer.param_groups if g["prune"] is not None]
+def used(results):
+    """The set of weights that one would use: the average where there is one, else the raw weights."""
+    return "average" if "average" in results["accuracy"] else "raw"
+
+
+def _predict_with(trainer, model, rows):
+    """trainer.predict() with another model of the same inputs and outputs."""
+    before = trainer.model
+    trainer.model = model
+    try:
+        return trainer.predict(rows)
+    finally:
+        trainer.model = before
+
+
+def _score(run, found):
+    """Accuracy, macro F1, mean cross entropy (no label smoothing, no teacher), report and matrix."""
+    logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+    labels, names = found.label_ids, run.data.names
+    chosen, numbers = logits.argmax(-1), range(len(names))
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(np.float64(logits)), torch.from_numpy(labels))
+    shown = {"labels": numbers, "target_names": names, "zero_division": 0, "digits": 3}
+    return {
+        "accuracy": float(accuracy_score(labels, chosen)),
+        "macro_f1": float(f1_score(labels, chosen, labels=numbers, average="macro", zero_division=0)),
+        "loss": float(loss),
+        "confusion": confusion_matrix(labels, chosen, labels=numbers).tolist(),
+        "report": classification_report(labels, chosen, **shown),
+    }
+
+
+def _before_pruning(run, history, metric):
+    """The last evaluation before the first step that prunes, of each set of weights."""
+    prunes = [group.get("prune") for group in run.optimizer.param_groups]
+    begins = [prune["begin"] for prune in prunes if prune is not None]
     dense = [row for row in history if begins and row["step"] < min(begins)]
-    found = {
-        name: [row[key] for row in dense if key in row]
-        for name, key in (("raw_before_pruning", "eval_accuracy"), ("ema_before_pruning", "ema_accuracy"))
-    }
+    keys = {"raw_before_pruning": f"eval_{metric}", "average_before_pruning": f"average_{metric}"}
+    found = {name: [row[key] for row in dense if key in row] for name, key in keys.items()}
     return {name: values[-1] for name, values in found.items() if values}
-
-
-def _sparsity(run):
-    """Counts of prunable entries: asked for, marked as pruned, and of those +0.0 in each set of weights."""
-    parameters = prunable(run.optimizer)
-    total = sum(p.numel() for p in parameters)
-    masks = [run.optimizer.prune_mask(p) for p in parameters]
-    masks = [
-        torch.zeros_like(p, dtype=torch.bool) if mask is None else mask for p, mask in zip(parameters, masks)
-    ]
-    counts = {
-        "prunable": total,
-        "asked": round(run.options.sparsity * total),
-        "pruned": sum(int(m.sum()) for m in masks),
-        "raw_zeros": sum(int((_plus_zero(p) & m).sum()) for p, m in zip(parameters, masks)),
-    }
-    if run.ema_model is not None:
-        averaged = dict(zip(run.model.parameters(), run.ema_model.parameters()))
-        counts["ema_zeros"] = sum(int((_plus_zero(averaged[p]) & m).sum()) for p, m in zip(parameters, masks))
-    return counts
-
-
-def _plus_zero(tensor):
-    return (tensor == 0) & ~torch.signbit(tensor)
 
 
 def summary(run, results, verification):
     """The final table, as text."""
-    accuracy, counts, frozen = results["accuracy"], results["sparsity"], results["frozen"]
-    total, end = max(counts["prunable"], 1), "pruned, at the end" if counts["asked"] else "at the end"
-    rows = [
-        ("raw, before pruning", accuracy.get("raw_before_pruning"), 0),
-        ("EMA, before pruning", accuracy.get("ema_before_pruning"), 0),
-        (f"raw, {end}", accuracy["raw"], counts["raw_zeros"] / total),
-        (f"EMA, {end}", accuracy.get("ema"), counts.get("ema_zeros", 0) / total),
-    ]
-    lines = ["", f"{'weights':<24}{'accuracy':>10}{'zeros':>9}"]
-    lines += [f"{name:<24}{value:>10.1%}{zeros:>9.1%}" for name, value, zeros in rows if value is not None]
-    zeros = f"{counts['raw_zeros']:,} in the raw weights"
-    zeros += f", {counts['ema_zeros']:,} in the EMA" if "ema_zeros" in counts else ""
-    lines += [
-        "",
-        f"sparsity  {counts['asked']:,} of {counts['prunable']:,} prunable entries to be +0.0: {zeros}",
-        f"frozen    {frozen['changed']:,} of {frozen['entries']:,} entries changed a bit",
-        "",
-        str(verification) if verification is not None else "no step was verified",
-        "",
-        *_step_lines(run, results["step"]),
-    ]
+    lines = ["", *_weights_table(results), ""]
+    lines += _figures(results)
+    lines += ["", str(verification) if verification is not None else "no step was verified"]
+    step = results.get("step", {"skipped": "--compare_steps 0"})
+    if step.get("skipped") != "--compare_steps 0":
+        lines += ["", *_step_lines(run, step)]
     return "\n".join(lines)
+
+
+def _weights_table(results):
+    counts, sizes = results["sparsity"], results.get("size", {})
+    rows = []
+    for key, label in LABELS.items():
+        before = f"{key}_before_pruning"
+        if before in results["accuracy"]:
+            values = results["accuracy"][before], None, results["loss"].get(before)
+            rows.append((f"{label}, before pruning", values, None, None))
+        if key in results["accuracy"]:
+            values = [results[name][key] for name in ("accuracy", "macro_f1", "loss")]
+            zeros = counts.get(f"{key}_zeros")
+            share = None if zeros is None else zeros / max(counts["prunable"], 1)
+            rows.append((label, values, share, sizes.get(FILES[key])))
+    return table(
+        ("on the test rows", "accuracy", "macro F1", "loss", "zeros", "size"),
+        [(name, percent(a), decimals(f), decimals(x), percent(z), size(b)) for name, (a, f, x), z, b in rows],
+    )
+
+
+def _figures(results):
+    """Times, memory and the two proofs, one line each."""
+    times, memory = results["time"], results["memory"]
+    counts, frozen = results["sparsity"], results["frozen"]
+    lines = []
+    if times["train_step_ms"]:
+        step, optimizer = (_spread_text(times[f"{name}_step_ms"], "median") for name in ("train", "optimizer"))
+        checks = ", checks included" if times.get("with_checks") else ""
+        lines.append(f"step      {step}, its optimizer step {optimizer}{checks}")
+        lines.append(f"training  {times['steps']:,} steps in {times['seconds']:.1f} s, evaluations included")
+    peak = size(memory["peak_bytes"]) or "not known here"
+    lines.append(f"memory    {peak} at the peak, {size(memory['optimizer_state_bytes'])} of it optimizer state")
+    if counts["asked"]:
+        unit = counts["unit"]
+        zeros = f"{counts['raw_zeros']:,} in the raw weights"
+        zeros += f", {counts['average_zeros']:,} in the average" if "average_zeros" in counts else ""
+        lines.append(f"pruned    {counts['asked']:,} of {counts['prunable']:,} {unit} to be +0.0: {zeros}")
+    if frozen["entries"]:
+        lines.append(f"frozen    {frozen['changed']:,} of {frozen['entries']:,} entries changed a bit")
+    return lines
+
+
+def _spread_text(spread, name):
+    low, high = spread["quartiles"]
+    return f"{spread[name]:.3f} ms ({low:.3f} to {high:.3f})"
 
 
 def _step_lines(run, step):
     if "skipped" in step:
-        return [f"step time not compared: {step['skipped']}"]
+        return [f"not compared with torch: {step['skipped']}"]
     lines = [f"{'one optimizer step':<22}{'median':>10}{'quartiles':>20}{'moved':>10}"]
     for label, key in (("fuseopt, one pass", "fuseopt"), ("torch, separate passes", "torch")):
         low, high = step[key]["quartiles"]
-        spread, moved = f"{low:.3f} to {high:.3f} ms", step[key]["bytes"] / 1e6
-        lines.append(f"{label:<22}{step[key]['ms']:>7.3f} ms{spread:>20}{moved:>7.2f} MB")
+        spread = f"{low:.3f} to {high:.3f} ms"
+        lines.append(f"{label:<22}{step[key]['ms']:>7.3f} ms{spread:>20}{size(step[key]['bytes']):>10}")
     ratio, (low, high) = step["ratio"]["ratio"], step["ratio"]["quartiles"]
-    size = sum(p.numel() for p in run.model.parameters())
+    parameters = sum(p.numel() for p in run.model.parameters())
     same = f"within {step['difference']:.1e}" if step["difference"] else "bit for bit"
-    lines += [
+    lines.append(
         f"ratio {ratio:.1f} (quartiles {low:.1f} to {high:.1f}), {step['steps']} alternated steps, "
-        f"{step['threads']} thread(s); both gave the same weights {same}",
-        f"a small model, {size:,} parameters: here the calls cost more than the memory",
-    ]
+        f"{step['threads']} thread(s); both gave the same weights {same}"
+    )
+    if parameters < 1_000_000:
+        lines.append(f"a small model, {parameters:,} parameters: here the calls cost more than the memory")
     return lines
 
 
 def write(run, results, verification):
-    """Write the model, its EMA, metrics, report, verification and plot to the output folder, and say so."""
-    writers = {
-        "model.safetensors": lambda path: path.write_bytes(save(run.model.state_dict())),
+    """Write models, metrics, report, verification and plots to the output folder: all of them or none.
+
+    Fills in results["size"], so that a summary made afterwards knows it.
+    """
+    results["size"] = {}
+    results["time"]["with_checks"] = verification is not None
+    chosen = used(results)
+    writers = _model_writers(run, results["size"]) | {
         "metrics.json": lambda path: path.write_text(
-            json.dumps(_metrics(run, results, verification), indent=1) + "\n"
+            json.dumps(_metrics(run, results, verification), indent=1) + "\n", encoding="utf-8"
         ),
-        "classification_report.txt": lambda path: path.write_text(
-            "\n".join(f"{name} weights\n{text}" for name, text in results["report"].items())
+        "report.txt": lambda path: path.write_text(_report(run, results, verification), encoding="utf-8"),
+        "confusion.png": lambda path: plot.confusion(
+            results["confusion"][chosen], run.data.names, f"Confusions of the {LABELS[chosen]}", path
         ),
-        "plot.png": lambda path: draw(run, results, path),
+        "plot.png": lambda path: plot.draw(run, results, path),
     }
-    if run.ema_model is not None:
-        writers["model_ema.safetensors"] = lambda path: path.write_bytes(save(run.ema_model.state_dict()))
     if verification is not None:
-        writers["verification.txt"] = lambda path: path.write_text(f"{verification}\n")
+        writers["verification.txt"] = lambda path: path.write_text(f"{verification}\n", encoding="utf-8")
     write_all(run.args.output_dir, writers)
-    print(f"\nwritten to {run.args.output_dir}: {', '.join(sorted(writers))}")
+
+
+def _model_writers(run, sizes):
+    """{folder name: function that writes the model there and notes the bytes of its weights in sizes}."""
+    kept = {"model": run.model, "model_average": run.averaged}
+    writers = {name: (models.save, (model, run.processor)) for name, model in kept.items() if model is not None}
+    if run.int8 is not None:
+        writers["model_int8"] = (_save_int8, (run.int8, run.processor))
+
+    def writer(name, save, what):
+        def write_model(path):
+            save(*what, path)
+            sizes[name] = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+
+        return write_model
+
+    return {name: writer(name, save, what) for name, (save, what) in writers.items()}
+
+
+def _save_int8(model, processor, folder):
+    """The 8-bit weights, for quantize.load, beside the configuration of the model and its processor."""
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    quantize.save(model, folder / "model.safetensors")
+
+
+def _report(run, results, verification):
+    """report.txt: the summary, then the classification report and the confusions of each set of weights."""
+    parts = [summary(run, results, verification).lstrip("\n")]
+    for name, text in results["report"].items():
+        confusions = confusion_text(results["confusion"][name], run.data.names)
+        parts.append(f"{LABELS[name]}\n\n{text}\n{confusions}")
+    return "\n\n".join(parts) + "\n"
+
+
+def confusion_text(matrix, names):
+    """A confusion matrix as text, rows being the true classes; of many classes the most frequent confusions."""
+    if len(names) <= MATRIX_CLASSES:
+        short = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
+        return "\n".join(table(("true \\ found", *short), [(s, *row) for s, row in zip(short, matrix)]))
+    wrong = [(row[k], names[t], names[k]) for t, row in enumerate(matrix) for k in range(len(names)) if k != t]
+    most = sorted((one for one in wrong if one[0]), key=lambda one: -one[0])[:20]
+    if not most:
+        return "no row was confused"
+    return "\n".join(table(("true", "found as", "rows"), [(t, k, n) for n, t, k in most], left=2))
 
 
 def _metrics(run, results, verification):
+    """What metrics.json holds."""
     checked = None
     if verification is not None:
-        checked = {
-            "passed": verification.passed,
-            "every": run.options.verify_every,
-            "rows": verification.rows,
-        }
+        checked = {"passed": verification.passed, "steps": verification.steps, "rows": verification.rows}
+    kept = ("accuracy", "macro_f1", "loss", "confusion", "sparsity", "frozen", "time", "memory", "size", "step")
     return {
-        **{name: results[name] for name in ("accuracy", "sparsity", "frozen", "step")},
+        **{name: results[name] for name in kept if name in results},
+        "classes": run.data.names,
         "verification": checked,
         "options": run.resolved,
         "versions": {
