@@ -28,9 +28,9 @@ EXTRAS = {
 }
 
 
-def missing_extras(prog):
-    """Say on standard error which packages `prog` lacks; returns whether any is."""
-    names = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
+def missing_extras(prog, more=None):
+    """Say on standard error which packages `prog` lacks, of EXTRAS and {module: package}; returns whether any is."""
+    names = [package for module, package in (EXTRAS | (more or {})).items() if importlib.util.find_spec(module) is None]
     if names:
         these = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not installed"
         print(f"{prog}: {these}: run pip install 'fuseopt[finetune]'", file=sys.stderr)

@@ -13,11 +13,14 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from fuseopt.finetune import data as data_module
 from fuseopt.finetune import folder, models, resume, teacher
+from fuseopt.finetune.communication import check_communication
 from fuseopt.finetune.data import Data
+from fuseopt.finetune.loss import check_loss
 from fuseopt.finetune.optim import build_optimizer, clips, frozen_names
 from fuseopt.finetune.train import FusedTrainer
 
 MAX_GRAD_NORM = 1.0  # transformers' default, which config.yaml leaves out
+SMALL_RATE, PRETRAINED_RATE = 1e-3, 5e-5  # learning rates of the small models and of transformers' own
 
 
 @dataclasses.dataclass
@@ -70,6 +73,8 @@ def prepare(options, args, data=None, processor=None):
     """
     checkpoint = resume.checkpoint_to_resume(args, options)
     _check_numbers(options, args)
+    check_loss(options, args)
+    check_communication(options, args)
     set_seed(args.seed)
     data = data_module.load(options, args.seed) if data is None else data
     run = _run(options, args, data, _new_processor(options, data, processor), checkpoint)
@@ -94,7 +99,7 @@ def _run(options, args, data, new_processor, checkpoint):
     model = start.model.to(args.device)
     teacher.check_scale(options, model)
     if args.learning_rate is None:
-        args.learning_rate = start.learning_rate
+        args.learning_rate = SMALL_RATE if start.kind in models.SMALL else PRETRAINED_RATE
     _set_steps(args, len(data.train))
     optimizer = build_optimizer(model, options, args, args.max_steps)
     names = frozen_names(model, options.freeze)

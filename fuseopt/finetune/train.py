@@ -11,7 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from fuseopt.finetune import callbacks, data, folder
-from fuseopt.finetune.communication import handler
+from fuseopt.finetune.communication import set_hook
 from fuseopt.finetune.loss import compute_loss
 from fuseopt.finetune.optim import prunable, sparsity
 from fuseopt.finetune.schedule import make_scheduler
@@ -20,8 +20,6 @@ from fuseopt.finetune.timing import StepTimes
 
 class FusedTrainer(Trainer):
     """Evaluates raw and averaged weights, logs the sparsity, verifies steps, and stops cleanly on Ctrl-C."""
-
-    loss_is_scaled_for_ga = False  # compute_loss returns the mean over a batch
 
     def __init__(self, run):
         self.fused, self.options, self.teacher = run.optimizer, run.options, None
@@ -41,6 +39,8 @@ class FusedTrainer(Trainer):
             optimizers=(run.optimizer, None),
             callbacks=[self.step_times, self._verification, self._interruption, before_pruning],
         )
+        self.model_accepts_loss_kwargs = True  # have num_items_in_batch counted for compute_loss
+        set_hook(run.options, self.accelerator)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(callbacks.Progress)
@@ -114,11 +114,6 @@ class FusedTrainer(Trainer):
         if "loss" in logs and prunable(self.fused):
             logs["sparsity"] = sparsity(prunable(self.fused))
         super().log(logs, *args, **kwargs)
-
-    def _build_accelerator_args(self, **kwargs):
-        arguments = super()._build_accelerator_args(**kwargs)
-        arguments["kwargs_handlers"] = [handler(self.options, ours) for ours in arguments["kwargs_handlers"]]
-        return arguments
 
     def _save_checkpoint(self, model, trial):
         """As the Trainer's, but whole or not at all. Raises OSError for whatever a full disk makes it raise."""

@@ -12,6 +12,8 @@ pretrain.py    makes the embedded network: python -m fuseopt.finetune.models.pre
 """
 
 from fuseopt.finetune.models.saving import save
+from fuseopt.finetune.models.small import SMALL
+from fuseopt.finetune.models.source import EMBEDDED
 from fuseopt.finetune.models.start import ModelOptions, Start, start
 
-__all__ = ["ModelOptions", "Start", "save", "start"]
+__all__ = ["EMBEDDED", "SMALL", "ModelOptions", "Start", "save", "start"]

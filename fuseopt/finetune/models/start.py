@@ -61,10 +61,14 @@ class ModelOptions:
 
 @dataclasses.dataclass
 class Start:
-    """A model to train and its processor; `new` names the parameters that no checkpoint gave."""
+    """A model to train and its processor; `kind` is cnn, rnn, mlp or transformers' model type.
+
+    new: the names of the parameters that no checkpoint gave.
+    """
 
     model: torch.nn.Module
     processor: object
+    kind: str
     description: str
     new: set
 
@@ -96,7 +100,7 @@ def start(options, data, new_processor):
             model = lora.wrap(model, options, new | head)
             new = lora.new_names(model, new)
             text += f", LoRA of rank {options.lora_rank}: {sum(p.numel() for _, p in lora.trained(model)):,} trained"
-    return Start(model, processor, text, new)
+    return Start(model, processor, _kind(found.config), text, new)
 
 
 def _check(options):
@@ -151,10 +155,13 @@ def _try(found, model, data, processor):
         raise ValueError(f"{found}: the model cannot take this data (inputs of shape {shape}): {reason}") from error
 
 
+def _kind(config):
+    return config.model_type.removeprefix(source.PREFIX)
+
+
 def _describe(found, model, new):
     """One line: what it is, how large, from which weights, and which layers begin anew."""
-    kind = model.config.model_type.removeprefix(source.PREFIX)
-    text = f"{kind}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+    text = f"{_kind(model.config)}, {sum(p.numel() for p in model.parameters()):,} parameters, "
     if not found.has_weights:
         return text + "random weights"
     layers = sorted({name.rpartition(".")[0] for name in new})
