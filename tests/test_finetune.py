@@ -120,7 +120,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(whole, tmp_path, monkey
         assert finetune(folder) == 130
     line = capsys.readouterr().err.strip()
     assert f"checkpoint-{step};" in line and "--resume_from_checkpoint" in line and "\n" not in line
-    assert {path.name for path in folder.iterdir() if "checkpoint" not in path.name} == {"config.yaml"}
+    assert {path.name for path in folder.iterdir() if "checkpoint" not in path.name} == {"config.yaml", "log.txt"}
     assert finetune(folder, "--resume_from_checkpoint") == 0
     same_bits(whole, folder)
     for key in ("loss", "eval_accuracy", "average_accuracy", "sparsity"):

@@ -15,6 +15,7 @@ compare.py   `fuseopt compare`: a table and a plot of several runs
 """
 
 import importlib.util
+import logging
 import sys
 
 # {module: the package that has it}
@@ -37,10 +38,17 @@ def missing_extras(prog, more=None):
     return bool(names)
 
 
+def quiet_imports():
+    """Where torchao is installed, importing it says on standard error which of its CUDA files this machine lacks."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main(argv=None):
     """Run `fuseopt finetune` with these arguments and return its exit status (see fuseopt.__main__.main)."""
     if missing_extras("fuseopt finetune"):
         return 2
+    quiet_imports()
     from fuseopt.finetune.cli import main as run
 
     return run(argv)

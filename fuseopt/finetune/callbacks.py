@@ -1,6 +1,8 @@
-"""What watches a run: the verification, Ctrl-C, an evaluation before pruning, the progress bar."""
+"""What watches a run: the verification, Ctrl-C, an evaluation before pruning, the progress bar, the log."""
 
 import signal
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -83,3 +85,22 @@ class Progress(ProgressCallback):
             new = {self.SHOWN[key]: f"{value:.3f}" for key, value in logs.items() if key in self.SHOWN}
             self.numbers = getattr(self, "numbers", {}) | new
             self.training_bar.set_postfix(self.numbers)
+
+
+class Log(TrainerCallback):
+    """Writes what is logged to log.txt as it comes, a line each; a run that goes on appends to it."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._write(args, state, self.head, f"begins at step {state.global_step} of {state.max_steps}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        numbers = (f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items() if k != "epoch")
+        self._write(args, state, f"step {state.global_step}  epoch {state.epoch or 0:.2f}  {'  '.join(numbers)}")
+
+    def _write(self, args, state, *lines):
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir) / "log.txt", "a", encoding="utf-8") as file:
+                file.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in lines)

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from transformers import TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
+
+from fuseopt.finetune.defaults import TRAINER_DEFAULTS, trainer_defaults
 
 CONFIG_FILE = "config.yaml"
 OUTPUTS = (
@@ -31,17 +32,12 @@ NOT_KEPT = {"config", "overwrite", "resume_from_checkpoint"}  # of this command,
 
 
 def resolved_options(options, args):
-    """Every option of ours, and those of TrainingArguments that are not transformers' default, as plain data."""
+    """Every option of ours, and those of TrainingArguments that have another default here or value, as plain data."""
     ours = {name: value for name, value in dataclasses.asdict(options).items() if name not in NOT_KEPT}
     given, defaults = args.to_dict(), trainer_defaults()
-    theirs = {name: given[name] for name in defaults if given[name] != defaults[name] and name not in NOT_KEPT}
+    changed = [name for name in defaults if given[name] != defaults[name] or name in TRAINER_DEFAULTS]
+    theirs = {name: given[name] for name in changed if name not in NOT_KEPT}
     return json.loads(json.dumps(ours | theirs))
-
-
-def trainer_defaults():
-    """The defaults of TrainingArguments once it has made up its mind, as plain data."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return TrainingArguments(scratch, use_cpu=True).to_dict()
 
 
 def open_output(folder, resolved):

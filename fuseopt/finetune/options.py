@@ -10,9 +10,11 @@ from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from fuseopt.finetune.communication import CommunicationOptions
 from fuseopt.finetune.data import DataOptions
+from fuseopt.finetune.defaults import BATCH_SIZE, TRAINER_DEFAULTS
 from fuseopt.finetune.folds import FoldsOptions
 from fuseopt.finetune.loss import LossOptions
 from fuseopt.finetune.models import ModelOptions
@@ -75,22 +77,6 @@ GROUPS = (
 )
 Options = dataclasses.make_dataclass("Options", [], bases=tuple(reversed(GROUPS)))
 Options.__doc__ = "All options of ours as attributes of one object."
-
-BATCH_SIZE = 32  # over all processes, unless --per_device_train_batch_size says otherwise
-
-TRAINER_DEFAULTS = dict(
-    output_dir="runs/finetune",
-    num_train_epochs=10,
-    per_device_eval_batch_size=64,
-    max_grad_norm=1.0,
-    logging_steps=10,
-    eval_strategy="epoch",
-    save_strategy="epoch",
-    save_total_limit=2,
-    seed=0,
-    use_cpu=True,
-    report_to="none",
-)
 
 # The options of TrainingArguments that plain --help lists, beside those with a default of ours.
 SHOWN = {
@@ -223,6 +209,8 @@ def _parsed(parser, arguments, where=""):
         given, default = getattr(parsed[-1], name, None), parser.get_default(name)
         if given != default and (given or default):  # TrainingArguments turns some None into False
             raise ValueError(f"{where}--{name} is not supported: {reason}")
+    if parsed[-1].save_strategy == SaveStrategy.BEST:
+        raise ValueError(f"{where}--save_strategy best is not supported: {REFUSED['load_best_model_at_end']}")
     return parsed
 
 
@@ -250,7 +238,7 @@ def _from_yaml(parser, path):
     for name, value in content.items():
         if name not in actions or name in ("config", "help", "help_all"):
             raise ValueError(f"--config {path}: {_unknown(parser, f'--{name}')}")
-        if value is None:
+        if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         if actions[name].nargs not in ("+", "*") and isinstance(value, list):

@@ -12,7 +12,8 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import SchedulerType, sort_checkpoints
 
-from fuseopt.finetune.folder import CONFIG_FILE, trainer_defaults
+from fuseopt.finetune.defaults import trainer_defaults
+from fuseopt.finetune.folder import CONFIG_FILE
 
 MODEL_FILES = ("model.safetensors", "adapter_model.safetensors")
 
@@ -152,9 +153,9 @@ def _compare_options(checkpoint, resolved):
     if not saved.is_file():
         return
     before, now = _deciding(defaults | _read_options(checkpoint, saved)), _deciding(defaults | resolved)
+    if unsaid := now.keys() - before.keys():
+        raise ValueError(f"--resume_from_checkpoint {checkpoint}: {saved} does not say --{min(unsaid)}")
     for name, value in now.items():
-        if name not in before:
-            raise ValueError(f"--resume_from_checkpoint {checkpoint}: {saved} does not say --{name}")
         if before[name] != value:
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint}: the run was started with --{name} "

@@ -27,6 +27,7 @@ class FusedTrainer(Trainer):
         self._verification = callbacks.Verification(run.optimizer, run.options.verify)
         self._interruption = callbacks.Interruption()
         before_pruning = callbacks.EvaluateBeforePruning(run.optimizer)
+        log = callbacks.Log(f"{run.start.description}; {run.data.description}")
         train, test, collate = data.datasets(run.data, run.processor, run.options, run.args.seed)
         super().__init__(
             run.model,
@@ -37,7 +38,7 @@ class FusedTrainer(Trainer):
             processing_class=run.processor,
             compute_metrics=_accuracy,
             optimizers=(run.optimizer, None),
-            callbacks=[self.step_times, self._verification, self._interruption, before_pruning],
+            callbacks=[self.step_times, self._verification, self._interruption, before_pruning, log],
         )
         self.model_accepts_loss_kwargs = True  # have num_items_in_batch counted for compute_loss
         set_hook(run.options, self.accelerator)
