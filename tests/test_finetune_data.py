@@ -276,7 +276,7 @@ BAD = [
     (lambda d: write_csv(d, header="text,stars"), {}, "no column 'label', found 'text', 'stars': name it with --label_column"),
     (lambda d: write_csv(d, "a,b,c", "one", "fine,a", "a,b,c"), {}, "3 broken lines: line 10: 3 fields instead of 2; line 11: 1 fields instead of 2; line 13: 3"),
     (lambda d: write_csv(d, *["one"] * 7), {}, "7 broken lines: line 10: 1 fields instead of 2; line 11: 1 fields instead of 2; line 12: 1 fields instead of 2; line 13: 1 fields instead of 2; line 14: 1 fields instead of 2; and 2 more"),
-    (lambda d: write_csv(d, '"two\nlines",a', '"open,a', "more,b"), {}, "1 broken lines: line 12: "),
+    (lambda d: write_csv(d, '"two\nlines",a', '"open,a', "more,b"), {}, "1 broken lines: line 12: unexpected end of data"),
     (lambda d: write_csv(d, " ,a", "<br/>&nbsp;,b", "text, "), {}, "line 10: empty text in 'text'; line 11: empty text in 'text'; line 12: no label in 'label'"),
     (lambda d: write_csv(d, b"caf\xe9,a"), {}, "line 10 is not UTF-8"),
     (lambda d: write_jsonl(d, "{"), {}, "line 9: not JSON"),

@@ -50,7 +50,6 @@ def new_tokenizer(texts, options):
         pad_token="[PAD]",
         unk_token="[UNK]",
         model_max_length=options.max_length,
-        model_input_names=["input_ids", "attention_mask"],
     )
 
 
