@@ -1,7 +1,7 @@
 """Torch data sets with the inputs that transformers' models take, and their collate function."""
 
 import torch
-from transformers import DataCollatorWithPadding, default_data_collator
+from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
 
 from fuseopt.finetune.data.augment import augment
 from fuseopt.finetune.data.pixels import Pixels
@@ -35,6 +35,17 @@ class ImageRows(torch.utils.data.Dataset):
         if self.names:
             image = augment(image, self.names, self.seed, int(self._epoch), int(index))
         return {"pixel_values": self.pixels(image), "labels": row["labels"]}
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training rows their epoch. A Trainer needs it for runs that resume to repeat their augmentations.
+
+    accelerate tells a data set too, but not in an epoch that is resumed half-way, and not under torchrun: where
+    the batch sampler is wrapped, its DataLoaderShard.set_epoch reaches the sampler only.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
 class TextRows(torch.utils.data.Dataset):

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -131,7 +132,7 @@ def _read(name, option, options):
     where = f"--{option} {name}"
     if name in EMBEDDED:
         return EMBEDDED[name](options)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name)).absolute()  # "." has no name
     try:
         source = _reader(path, where)(path, where, options)
     except OSError as error:
@@ -165,6 +166,7 @@ def _names(source, where, chosen):
     """The classes in their order, by label. Raises ValueError for unknown, single and too small ones."""
     counts = collections.Counter(label for _, label, _ in source.rows)
     names = [name for name in source.names or _sorted(counts) if name in counts]
+    chosen = [str(name) for name in chosen]  # YAML reads 5 as a number
     for name in chosen:
         if name not in counts:
             raise ValueError(f"--classes {name}: unknown, {where} has {_few(names)}")

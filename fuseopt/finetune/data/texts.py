@@ -50,23 +50,22 @@ def new_tokenizer(texts, options):
         pad_token="[PAD]",
         unk_token="[UNK]",
         model_max_length=options.max_length,
-        model_input_names=["input_ids", "attention_mask"],
     )
 
 
 def text_row(record, where, options, problems):
     """(text, label, where) of one record, or None and an entry in `problems`."""
-    text, label = record.get(options.text_column), label_text(record.get(options.label_column))
+    text, label = (record.get(name) for name in (options.text_column, options.label_column))
     if not isinstance(text, str):
-        problem = f"no text in {options.text_column!r}"
+        problem = f"no text in {options.text_column!r}" + ("" if text is None else f" but {text!r:.20}")
     elif re.search("[\ud800-\udfff]", text):  # JSON can spell half a character, which nothing can encode
         problem = f"not valid Unicode in {options.text_column!r}"
-    elif label is None:
-        problem = f"no label in {options.label_column!r}"
+    elif label_text(label) is None:
+        problem = f"no label in {options.label_column!r}" + ("" if label in (None, "") else f" but {label!r:.20}")
     elif not (text := text.strip() if options.no_clean else clean(text)):
         problem = f"empty text in {options.text_column!r}"
     else:
-        return text, label, where
+        return text, label_text(label), where
     problems.append(f"{where}: {problem}")
     return None
 
