@@ -28,7 +28,9 @@ def counted(module, name, key):
 def rows(number):
     torch.manual_seed(1)
     ids = torch.randint(1, 20, (number, 6))
-    return [{"input_ids": x, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(x.sum()) % 3} for x in ids]
+    return [
+        {"input_ids": x, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(x.sum()) % 3} for x in ids
+    ]
 
 
 class OwnLoss(Trainer):
@@ -48,12 +50,25 @@ class OwnLoss(Trainer):
 def trainer(number=32, compress="none", **options):
     """A Trainer of a small BERT in double, with plain SGD, on `number` rows."""
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3)
+    config = BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     model = BertForSequenceClassification(config).double()
-    defaults = {"num_train_epochs": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "logging_steps": 1}
+    defaults = {
+        "num_train_epochs": 4,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+    }
     args = TrainingArguments(tempfile.mkdtemp(), **defaults | options)
-    made = OwnLoss(model, args, train_dataset=rows(number), optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None))
+    made = OwnLoss(
+        model, args, train_dataset=rows(number), optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None)
+    )
     chosen = CommunicationOptions(compress)
     check_communication(chosen, args)
     set_hook(chosen, made.accelerator)

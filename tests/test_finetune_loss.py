@@ -39,7 +39,9 @@ class Net(nn.Module):
         self.config = SimpleNamespace(id2label=dict(enumerate(names or [])))
 
     def forward(self, pixel_values):
-        return SimpleNamespace(logits=self.drop(self.layer(pixel_values)) if self.training else self.layer(pixel_values))
+        return SimpleNamespace(
+            logits=self.drop(self.layer(pixel_values)) if self.training else self.layer(pixel_values)
+        )
 
 
 def batch(number=8, width=5):
@@ -96,7 +98,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(distill):
     """The real Trainer: 30 rows in one batch, or in four of 8, 8, 8 and 6."""
     found = []
     for size, parts in ((32, 1), (8, 4)):
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts, "label_smoothing_factor": 0.1}
+        options = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": parts,
+            "label_smoothing_factor": 0.1,
+        }
         made = compressed.trainer(30, **options)
         if distill:
             made.teacher = compressed.trainer(30).model.eval()
@@ -174,7 +180,15 @@ def test_schedules_after_a_warmup():
 
 
 def test_plateau_counts_evaluations_without_a_better_loss():
-    evaluations = [(1, 9.0), (5, 1.0), (6, 0.5), (7, 0.7), (8, 0.6), (9, 0.4), (10, 0.8)]  # that of the warmup is not heard
+    evaluations = [
+        (1, 9.0),
+        (5, 1.0),
+        (6, 0.5),
+        (7, 0.7),
+        (8, 0.6),
+        (9, 0.4),
+        (10, 0.8),
+    ]  # that of the warmup is not heard
     found = rates(11, evaluations, schedule="plateau", step_size=2, step_gamma=0.5, warmup_steps=4)
     assert found == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 0.5, 0.5, 0.5]
 
@@ -202,7 +216,10 @@ def test_plateau_continues_from_its_state():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"schedule": "cosine", "lr_scheduler_type": "polynomial"}, "--lr_scheduler_type polynomial with --schedule cosine: give one"),
+        (
+            {"schedule": "cosine", "lr_scheduler_type": "polynomial"},
+            "--lr_scheduler_type polynomial with --schedule cosine: give one",
+        ),
         ({"schedule": "plateau", "eval_strategy": "no"}, "--schedule plateau needs evaluations"),
         ({"schedule": "step", "step_gamma": 1.0}, "--step_gamma 1.0: must be in (0, 1)"),
         ({"schedule": "step", "step_size": 0}, "--step_size 0: must be"),
@@ -229,7 +246,16 @@ def test_no_schedule_leaves_it_to_the_trainer():
 def test_compression_runs_and_trains_nearly_alike(tmp_path):
     """torchrun, two processes: every hook runs; fp16, bf16 and powersgd end near the exact mean, which one process has."""
     file = tmp_path / "weights.safetensors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", compressed.__file__, str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        compressed.__file__,
+        str(file),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
