@@ -181,7 +181,7 @@ def test_schedules_after_a_warmup():
 
 def test_plateau_counts_evaluations_without_a_better_loss():
     evaluations = [
-        (1, 9.0),
+        (1, 0.1),
         (5, 1.0),
         (6, 0.5),
         (7, 0.7),

@@ -124,6 +124,8 @@ def test_inference_reads_the_8_bit_weights(case, torchao):
             changed = not torch.equal(logits(small, inputs), before)
             x.scale.div_(2)
             assert changed, name
+    floats = [x for module in small.modules() for x in vars(module).get("_flat_weights", []) if x is not None]
+    assert floats == []  # nor is a float copy left behind
     assert torch.equal(logits(small, inputs), before)
 
 
