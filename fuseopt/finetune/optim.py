@@ -54,7 +54,9 @@ class OptimizerOptions:
     l1: float = field(default=0.0, metadata={"help": "L1 penalty of the matrices, 0 or more; biases have none."})
     freeze: list[str] = field(
         default_factory=list,
-        metadata={"help": "Parameters that keep their bits: name patterns as of a shell, such as 'bert.embeddings.*'."},
+        metadata={
+            "help": "Parameters that keep their bits: name patterns as of a shell, as 'bert.embeddings.*'; none: none."
+        },
     )
     freeze_by: Literal["mask", "requires_grad"] = field(
         default="mask",
@@ -97,7 +99,7 @@ def check_optimizer(options, args):
         for name, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
             if getattr(args, name) != default:
                 raise ValueError(f"--{name} {getattr(args, name):g} has no effect {own}")
-    if not options.freeze:
+    if options.freeze in ([], ["none"]):
         without_effect(options, ["freeze_by"], OptimizerOptions, "without --freeze")
     fixed = FIXED_DECAY.get(options.optimizer)
     if fixed and options.decay not in (None, fixed):
@@ -123,7 +125,7 @@ def _check_torch(options):
     for option, is_on in asked.items():
         if is_on:
             raise ValueError(f"{option}: {options.optimizer} cannot; use --optimizer {plain}")
-    if options.freeze and options.freeze_by == "mask":
+    if options.freeze not in ([], ["none"]) and options.freeze_by == "mask":
         raise ValueError(f"--freeze_by mask: {options.optimizer} has no masks; use --freeze_by requires_grad")
 
 
@@ -146,6 +148,8 @@ def frozen_names(model, patterns):
     A tied parameter is frozen under any of its names. Raises ValueError for a pattern without a match, and
     where nothing is left to train.
     """
+    if patterns == ["none"]:  # what a command line says against a list of the --config file
+        return set()
     frozen = {p for pattern in patterns for p in matching(model, pattern, "--freeze")}
     if not any(p.requires_grad and p not in frozen for p in model.parameters()) and frozen:
         raise ValueError(f"--freeze {' '.join(patterns)} leaves no parameter to train")

@@ -59,7 +59,6 @@ def quantized(model):
             _keep_8_bit(ao, module, ["weight"])
         elif type(module) in RECURRENT:
             _keep_8_bit(ao, module, [name for name, p in module.named_parameters() if p.ndim == 2])
-            module.register_forward_pre_hook(_gather)
             module.register_forward_hook(_drop)
     if not any(_is_8_bit(x) for x in _tensors(model).values()):
         raise ValueError(f"--quantize: {type(model).__name__} has no linear, embedding, convolution or recurrent layer")
@@ -95,12 +94,8 @@ def _keep_8_bit(ao, module, names):
         parametrize.register_parametrization(module, name, _Dequantised(p.shape), unsafe=True)
 
 
-def _gather(module, _):
-    """A recurrent layer reads this list and not its attributes."""
-    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-
-
 def _drop(module, *_):
+    """A recurrent layer collects its weights anew in each forward pass, and would keep the floats till the next."""
     module._flat_weights = [None] * len(module._flat_weights_names)
 
 
