@@ -131,6 +131,13 @@ def test_all_trials_failed(tmp_path, trained, capsys, how):
     assert not (tmp_path / "out" / "best.yaml").exists()
 
 
+def test_options_of_the_data_can_be_searched(tmp_path, trained):
+    words = ["search", "--space", "image_size=8,16", "--trials", "4", "--depth", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    sizes = {data.shape[1] for _, _, data in trained.calls}
+    assert {options.image_size for options, *_ in trained.calls} == {8, 16} == sizes
+
+
 def test_scores(tmp_path, trained):
     assert run(tmp_path / "loss", "--score", "loss") == 0
     found = trials(tmp_path / "loss")
