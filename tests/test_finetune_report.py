@@ -216,6 +216,15 @@ def test_the_torch_recipe_takes_the_same_step(stages):
     assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
 
 
+def test_both_step_with_the_rates_that_the_schedule_started_from():
+    run = small_run()
+    torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    for contestant in (timing.Fused(run), timing.Recipe(run)):
+        assert [group["lr"] for group in contestant.optimizer.param_groups] == [0.0025, 0.005, 0.01]
+
+
 SKIPPED = [
     (dict(optimizer="lion"), "torch has no lion"),
     (dict(optimizer="torch-sgd"), "torch's own"),
