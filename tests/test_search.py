@@ -30,7 +30,7 @@ def trained(monkeypatch):
             raise KeyboardInterrupt
         if options.optimizer in train_once.failing:
             raise ValueError(f"--optimizer {options.optimizer}: fails")
-        score = options.depth / 4 + args.learning_rate
+        score = options.depth / 4 + (args.learning_rate or 0)
         metrics = {name: {"raw": score} for name in ("accuracy", "macro_f1", "loss")} | {"verification": train_once.verification}
         metrics["accuracy"] |= {"average": score / 2} if options.average != "none" else {}
         return metrics
