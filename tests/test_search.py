@@ -30,12 +30,13 @@ def trained(monkeypatch):
             raise KeyboardInterrupt
         if options.optimizer in train_once.failing:
             raise ValueError(f"--optimizer {options.optimizer}: fails")
-        score = options.depth / 4 + (args.learning_rate or 0)
+        score = train_once.factor * (options.depth / 4 + (args.learning_rate or 0))
         metrics = {name: {"raw": score} for name in ("accuracy", "macro_f1", "loss")} | {"verification": train_once.verification}
         metrics["accuracy"] |= {"average": score / 2} if options.average != "none" else {}
         return metrics
 
     train_once.interrupts, train_once.failing, train_once.verification, train_once.calls = (), (), None, calls
+    train_once.factor = 1
     monkeypatch.setattr(cli, "train_once", train_once)
     monkeypatch.setattr(plot, "trials", lambda *_: _[-1].touch())
     return train_once
@@ -122,12 +123,13 @@ def test_a_failed_trial_is_recorded(tmp_path, trained, capsys):
     assert f"trial-{failed[0]['trial']:03d} failed: --optimizer lion: fails" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", ["raises", "verification"])
+@pytest.mark.parametrize("how", ["raises", "verification", "nan"])
 def test_all_trials_failed(tmp_path, trained, capsys, how):
     trained.failing = ("adamw", "lion") if how == "raises" else ()
-    trained.verification = {"passed": False}
+    trained.verification = {"passed": how != "verification"}
+    trained.factor = math.nan if how == "nan" else 1
     assert run(tmp_path / "out", trials=3) == 1
-    assert ("fails" if how == "raises" else "verification failed") in capsys.readouterr().err.splitlines()[-1]
+    assert {"raises": "fails", "verification": "verification failed", "nan": "accuracy is nan"}[how] in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "best.yaml").exists()
 
 
