@@ -235,6 +235,8 @@ def trials(scores, best, name, parameters, path):
             axis.set(title=option, ylabel=name)
             if scale == "log":
                 axis.set_xscale("log")
+            elif all(isinstance(value, int) for value in values.values()):
+                axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         for axis in axes[1 + len(parameters) :]:
             axis.set_axis_off()
 

@@ -47,13 +47,17 @@ FAILURES = (ValueError, OSError, RuntimeError)  # bad values together, a full di
 
 @dataclasses.dataclass
 class Search:
-    """A search whose every option has been checked. argv: the words that hold for all trials."""
+    """A search whose every option has been checked.
+
+    argv: the words that hold for all trials; data: that of every trial, None where the search is over options of it.
+    """
 
     settings: argparse.Namespace
     argv: list
     space: dict
     output_dir: Path
     seed: int
+    data: sets.Data | None
     study: optuna.Study | None = None
 
 
@@ -122,8 +126,10 @@ def prepare(argv):
             finetune_options.parse([*rest, *spaces.words(values)])
         except ValueError as error:
             raise ValueError(f"--space {next(iter(values))}: {error}") from error
-    held_out(sets.load(options, args.seed), settings.validation_share, args.seed)
-    search = Search(settings, rest, space, Path(args.output_dir), args.seed)
+    data = held_out(sets.load(options, args.seed), settings.validation_share, args.seed)
+    if {field.name for field in dataclasses.fields(sets.DataOptions)} & space.keys():
+        data = None
+    search = Search(settings, rest, space, Path(args.output_dir), args.seed, data)
     search.study = _study(search, options.overwrite)
     return search
 
@@ -248,9 +254,11 @@ def _score(search, number, values):
     checkpoint = last_checkpoint(output_dir) if search.settings.again else None
     args.resume_from_checkpoint = checkpoint and "last"
     options.overwrite = not checkpoint
-    data = held_out(sets.load(options, search.seed), search.settings.validation_share, search.seed)
+    data = search.data
+    if data is None:
+        data = held_out(sets.load(options, search.seed), search.settings.validation_share, search.seed)
     with contextlib.redirect_stdout(io.StringIO()):  # report.txt has it
-        metrics = cli.train_once(options, args, data)
+        metrics = cli.train_once(options, args, dataclasses.replace(data))  # which a head relabels
     if metrics["verification"] is not None and not metrics["verification"]["passed"]:
         raise ValueError("the verification failed")
     score = metrics[search.settings.score][used(metrics)]

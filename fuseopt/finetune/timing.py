@@ -185,7 +185,8 @@ class Fused:
 class Recipe:
     """The same step as one would write it with torch: its fused optimizer, and a pass for every other stage.
 
-    Frozen parameters are left out of the optimizer and the norm, as requires_grad_(False) would.
+    Frozen parameters are left out of the optimizer and the norm, as requires_grad_(False) would. Pruned weights,
+    moments and averages are 0 already and stay so where the gradient is: they need no mask of their own.
     """
 
     def __init__(self, run):
@@ -233,8 +234,6 @@ class Recipe:
         self._penalise_before()
         self.optimizer.step()
         self._penalise_after()
-        for p, mask in self.masks:
-            p.masked_fill_(mask, 0.0)
         self._average()
 
     def _penalise_before(self):
@@ -271,7 +270,6 @@ class Recipe:
             "decay": 8 * apart,
             "L1 penalty": 20 * penalised,  # sign or threshold into a new tensor, then into the weights or gradients
             "optimizer": 4 * (3 + 2 * slots) * free,
-            "weight mask": 9 * masked,
             "average": 12 * free if self.averages else 0,
         }
 
