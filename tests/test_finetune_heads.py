@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -124,6 +125,11 @@ def test_each_init_does_what_it_says():
         assert 0.99 * bound < found[choice].abs().max() <= bound
     assert abs(found["normal"].std() / 0.02 - 1) < 0.05 and found["normal"].abs().max() > 0.05
     torch.testing.assert_close(found["orthogonal"] @ found["orthogonal"].T, torch.eye(100))
+
+
+def test_token_embeddings_begin_small_and_padding_at_zero():
+    weight = begin(texts(), pretrained="none").model.stem.weight
+    assert abs(weight[1:].std() / 0.1 - 1) < 0.1 and not weight[0].any() and weight[1:].all()
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
@@ -258,7 +264,15 @@ def refusals(folder):
         (images(), dict(model=str(folder / "cnn/config.json")), "this is a file"),
         (images(), dict(model="../no/such/folder"), "no such folder"),
         (texts(), dict(pretrained=str(folder / "mlp/model.safetensors")), "no tokenizer"),
-        (images(channels=3), dict(pretrained=str(folder / "cnn")), "3 channels"),
+        (
+            images(channels=3),
+            dict(pretrained=str(folder / "cnn")),
+            f"--pretrained {folder / 'cnn'}: the images have 3 channels",
+        ),
+        (images(channels=3), dict(pretrained=str(folder / "bare")), "images of 1 channels, those of the data have 3"),
+        (images(), dict(pretrained=str(folder / "odd")), "preprocessor_config.json"),
+        (texts(), dict(pretrained=str(folder / "mute")), "its tokenizer cannot be read"),
+        (texts(), dict(pretrained=str(folder / "wordy")), "they do not belong together"),
         (images(channels=3), dict(pretrained=str(folder / "cnn/model.safetensors")), "stem.conv1.weight"),
         (images(), dict(depth=3, pretrained=str(folder / "cnn")), "--depth 3: "),
         (images(), dict(width=8, pretrained=str(folder / "cnn")), "has width 32"),
@@ -276,6 +290,14 @@ def refusals(folder):
 
 
 def test_options_that_are_refused(checkpoints):
+    for name, kind in (("bare", "cnn"), ("odd", "cnn"), ("mute", "mlp"), ("wordy", "mlp")):
+        shutil.copytree(checkpoints / kind, checkpoints / name)
+    (checkpoints / "bare" / "preprocessor_config.json").unlink()
+    (checkpoints / "odd" / "preprocessor_config.json").write_text("{")
+    (checkpoints / "mute" / "tokenizer.json").write_text("{")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints / "mlp")
+    tokenizer.add_tokens(["xylophone"])
+    tokenizer.save_pretrained(checkpoints / "wordy")
     for data, asked, said in refusals(checkpoints):
         assert said in refused(data, **asked), asked
 

@@ -84,17 +84,20 @@ def test_cnn_takes_images_of_any_size_from_4_pixels(size):
 
 
 def test_cnn_halves_the_image_while_it_can():
-    model, sizes = begin(images(size=(20, 20)), pretrained="none", depth=5, width=4).model, []
+    model, sizes = begin(images(size=(24, 24)), pretrained="none", depth=5, width=4).model, []
     for block in (model.stem, *model.body):
         block.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
-    model(torch.rand(1, 1, 20, 20))
-    assert sizes == [20, 10, 5, 2, 2]
+    model(torch.rand(1, 1, 24, 24))
+    assert sizes == [24, 12, 6, 3, 3]
 
 
 def test_rnn_reads_the_rows_in_order_and_names_a_wrong_width():
     model = begin(images(), model="rnn", pretrained="none").model
     x = torch.rand(2, 1, 8, 8)
     assert not torch.equal(model(x).logits, model(x.flip(2)).logits)
+    model.eval()
+    rows, _ = model.body(model.stem(x[:, 0]))
+    assert torch.equal(model(x).logits, model.head(model.neck(rows[:, -1])))
     assert model(torch.rand(1, 1, 3, 8)).logits.shape == (1, 3)
     with pytest.raises(ValueError, match="9 pixels wide.* made for 8"):
         model(torch.rand(1, 1, 8, 9))
@@ -175,9 +178,21 @@ def test_weights_from_a_file_into_a_transformers_model(checkpoints, kind):
     assert differing(scratch.model.state_dict(), before) >= names  # the checkpoint has no zeros and ones
 
 
+def test_half_precision_is_loaded_as_float32(checkpoints, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoints / "bert", dtype=torch.bfloat16)
+    save(model, AutoTokenizer.from_pretrained(checkpoints / "bert"), tmp_path / "half")
+    begun = begin(texts(), pretrained=str(tmp_path / "half"))
+    assert {p.dtype for p in begun.model.parameters()} == {torch.float32}
+    expected = {name: p.float() for name, p in model.state_dict().items()}
+    assert not differing({n: p.float() for n, p in begun.model.state_dict().items()}, expected)
+
+
 class Malicious:
+    def __init__(self, folder):
+        self.made = str(folder / "executed")
+
     def __reduce__(self):
-        return (os.mkdir, ("/tmp/fuseopt_was_executed",))
+        return (os.mkdir, (self.made,))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +206,7 @@ def damaged(checkpoints, tmp_path_factory):
         (folder / name).write_bytes(content[: len(content) // 2])
     (folder / "empty").write_bytes(b"")
     (folder / "noise").write_bytes(bytes(range(256)) * 9)
-    torch.save({"model": Malicious()}, folder / "pickle")
+    torch.save({"model": Malicious(folder)}, folder / "pickle")
     torch.save([1, 2], folder / "list")
     torch.save({"a": torch.zeros(1), "epoch": 3}, folder / "epoch")
     save_file({n: p for n, p in tensors.items() if "conv" not in n}, folder / "lacking")
@@ -203,7 +218,7 @@ def damaged(checkpoints, tmp_path_factory):
         config = (checkpoints / "cnn" / "config.json").read_text()
         (folder / name / "config.json").write_text({"broken": "{", "untyped": "{}"}.get(name, config))
     (folder / "truncated" / "model.safetensors").write_bytes(whole[:999])
-    torch.save({"model": Malicious()}, folder / "pickled" / "pytorch_model.bin")
+    torch.save({"model": Malicious(folder)}, folder / "pickled" / "pytorch_model.bin")
     (folder / "run" / "model").mkdir(parents=True)
     (folder / "run" / "model" / "config.json").write_text("{}")
     (folder / "adapter").mkdir()
@@ -241,4 +256,4 @@ DAMAGES = [
 def test_weights_that_are_refused(damaged, name, said):
     line = refused(images(), pretrained=str(damaged / name))
     assert line.startswith(f"--pretrained {damaged / name}: ") and said in line
-    assert not os.path.exists("/tmp/fuseopt_was_executed")
+    assert not (damaged / "executed").exists()
