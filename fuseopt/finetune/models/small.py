@@ -14,8 +14,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 
-
-EMBEDDING_STD = 0.1  # with torch's 1, 10 epochs of --data sentences end at 79% of the test rows right, with this at 91%
+# With 1, as in torch, ten epochs of --data sentences get 79% of the test rows right; with this 91%.
+EMBEDDING_STD = 0.1
 
 
 class CnnConfig(PretrainedConfig):
