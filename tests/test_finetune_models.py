@@ -87,7 +87,12 @@ def test_cnn_halves_the_image_while_it_can():
     model, sizes = begin(images(size=(24, 24)), pretrained="none", depth=5, width=4).model, []
     for block in (model.stem, *model.body):
         block.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
-    model(torch.rand(1, 1, 24, 24))
+    x = torch.rand(1, 1, 24, 24)
+    before = model.eval()(x).logits
+    x[..., -1, -1] += 1
+    assert not torch.equal(model(x).logits, before)  # the corner is seen
+    sizes.clear()
+    model(x)
     assert sizes == [24, 12, 6, 3, 3]
 
 
