@@ -94,6 +94,7 @@ def initialise(model, names, choice):
         others = [(p, p.clone()) for name, p in inside.items() if name not in names]
         for _, p in chosen:
             p.fill_(torch.nan)
+            p._is_hf_initialized = False  # from_pretrained marks what it has loaded, and the library then leaves it
         model._init_weights(module)
         for name, p in chosen:
             _fill(name, p, choice)

@@ -16,8 +16,10 @@ def find(found, data, new_processor):
     names = TOKENIZER_FILES if data.kind == "text" else ("preprocessor_config.json",)
     for place in found.processors:
         file = next(filter(None, (_file(place, name) for name in names)), None)
+        if file is not None and data.kind == "text":
+            return _tokenizer(place, found)
         if file is not None:
-            return _read(place if data.kind == "text" else Path(file).parent, found, data.kind)
+            return _pixels(Path(file).parent, found, data)
     if data.kind == "text" and found.has_weights:
         raise ValueError(f"{found}: there is no tokenizer with these weights: give the folder that has both")
     return new_processor()
@@ -28,14 +30,20 @@ def _file(place, name):
     return cached_file(place, name, local_files_only=Path(place).is_dir(), _raise_exceptions_for_missing_entries=False)
 
 
-def _read(place, found, kind):
+def _tokenizer(place, found):
     try:
-        if kind == "image":
-            return Pixels.from_pretrained(place)
         return AutoTokenizer.from_pretrained(place, local_files_only=Path(place).is_dir(), trust_remote_code=False)
     except Exception as error:  # whatever the libraries make of damaged files
-        what = "tokenizer" if kind == "text" else "preprocessor_config.json"
-        raise ValueError(f"{found}: its {what} cannot be read: {first_sentence(error)}") from error
+        raise ValueError(f"{found}: its tokenizer cannot be read: {first_sentence(error)}") from error
+
+
+def _pixels(folder, found, data):
+    try:
+        pixels = Pixels.from_pretrained(folder)
+        pixels.check(data.shape)
+    except ValueError as error:
+        raise ValueError(f"{found}: {error}") from error
+    return pixels
 
 
 def fit(tokenizer, found):
@@ -56,7 +64,6 @@ def fit(tokenizer, found):
         tokenizer.model_max_length = longest
 
 
-def image_shape(data, pixels):
-    """(C, H, W) of the images as the model gets them; ValueError for channels that it does not take."""
-    pixels.check(data.shape)
+def image_shape(pixels):
+    """(C, H, W) of the images as the model gets them."""
     return (len(pixels.mean), *pixels.size)

@@ -135,7 +135,7 @@ def small_config(options, data, processor):
     if name == "mlp":
         given |= {"vocab_size": len(processor), "pad_token_id": processor.pad_token_id}
     else:
-        given["num_channels"], _, width = processors.image_shape(data, processor)
+        given["num_channels"], _, width = processors.image_shape(processor)
     if name == "rnn":
         given["image_width"] = width
     return model_class.config_class(**given)
@@ -157,7 +157,7 @@ def apply_options(found, options, data, processor):
     if options.dropout is not None:
         _set_dropout(found, options.dropout)
     if data.kind == "image":
-        _fit_channels(found, processors.image_shape(data, processor)[0])
+        _fit_channels(found, processors.image_shape(processor)[0])
 
 
 def _fit_channels(found, channels):

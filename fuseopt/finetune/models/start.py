@@ -142,7 +142,7 @@ def _model(found, options, data):
 def _try(found, model, data, processor):
     """One row through the model, so that what it cannot take is said before anything is trained."""
     if data.kind == "image":
-        inputs = {"pixel_values": torch.zeros(1, *processors.image_shape(data, processor))}
+        inputs = {"pixel_values": torch.zeros(1, *processors.image_shape(processor))}
     else:
         encoded = processor([data.train[0]["text"]], truncation=True, return_tensors="pt")
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
