@@ -43,6 +43,8 @@ class Interval:
 
     def put(self, where: Tensor, what: Tensor | float) -> None:
         """Exactly `what`, where `where` is True."""
+        if not where.any():  # as mostly; three passes cost more than a look
+            return
         for name in ("value", "low", "high"):
             setattr(
                 self,
@@ -52,6 +54,8 @@ class Interval:
 
     def hold(self, where: Tensor, other: "Interval") -> None:
         """The other interval, where `where` is True."""
+        if not where.any():
+            return
         for name in ("value", "low", "high", "exact"):
             setattr(self, name, torch.where(where, getattr(other, name), getattr(self, name)))
 
@@ -165,7 +169,7 @@ def selection_mismatches(candidates: list[Candidate], sparsity: float, ties: boo
     c = {name: torch.cat([getattr(one, name) for one in candidates]) for name in Candidate.__annotations__}
     chosen, kept = c["after"] & ~c["before"], ~c["after"] & ~c["frozen"]
     wrong = chosen & c["frozen"]
-    order = torch.arange(chosen.numel())
+    order = torch.arange(chosen.numel(), device=chosen.device)
     if bool(kept.any()):
         cut = c["greatest"][kept].min()
         at_cut = kept & (c["greatest"] == cut) & (c["least"] == cut)
