@@ -12,8 +12,15 @@ def _finetune(argv):
     return main(argv)
 
 
+def _verify(argv):
+    from fuseopt.verify.sweep import main
+
+    return main(argv)
+
+
 COMMANDS = {
-    "finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step")
+    "finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step"),
+    "verify": (_verify, "check every rule, stage, dtype and backend on this machine; takes about a minute"),
 }
 
 

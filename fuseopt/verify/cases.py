@@ -152,8 +152,8 @@ TORCH_FUSED = Stage("torch-fused", "bit for bit equal to torch.optim with fused=
 TORCH_SHAPES = ((96, 176), (64,), (24, 32))  # whole vectors, as torch's fused kernel rounds its tails otherwise
 
 
-def why_not(rule: Rule, stage: Stage, dtype: str, backend: str) -> str | None:
-    """Why there is no such case; None if there is."""
+def why_not(rule: Rule, stage: Stage, dtype: str, backend: str, asked: bool = False) -> str | None:
+    """Why there is no such case; None if there is. asked: the backend was asked for by name."""
     if stage.decay in ("coupled", "decoupled") and stage.decay not in rule.forms:
         return f"{rule.cls.__name__} has {rule.forms[0]} decay only"
     if stage is TORCH_FUSED:
@@ -161,8 +161,8 @@ def why_not(rule: Rule, stage: Stage, dtype: str, backend: str) -> str | None:
             return f"torch has no fused {rule.cls.__name__}"
         if backend != "cpu" or dtype != "fp32":
             return "torch's bits are promised of fp32 on the cpu backend"
-    if backend == "triton" and stage.name not in ("plain", "all"):
-        return "triton compiles each for about a second: --backends triton runs them"
+    if backend == "triton" and not asked and stage.name not in ("plain", "all"):
+        return "triton compiles a kernel for each, about a second: --backends triton runs them"
     return None
 
 

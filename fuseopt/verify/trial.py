@@ -20,7 +20,7 @@ from .checker import attach
 
 @dataclass(frozen=True)
 class Trial:
-    """What is run. shapes, dtypes: of the tensors; device: where they lie; threads: that torch may use."""
+    """What is run. shapes, dtypes: of the tensors; device: where they lie."""
 
     rule: Rule
     stage: Stage
@@ -29,7 +29,7 @@ class Trial:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     device: str
-    threads: int
+    threads: int  # of which one must do what all do
     against_cpu: bool = False  # the cpu backend is there to compare a GPU's fp32 bits with
 
     def parameters(self) -> list[Parameter]:
@@ -61,7 +61,7 @@ def check(trial: Trial) -> Outcome:
     """Run a trial; an exception is a failure too."""
     outcome = Outcome()
     try:
-        with warnings.catch_warnings():
+        with use_threads(1), warnings.catch_warnings():  # waiting for each other costs small tensors more than it saves
             warnings.simplefilter("ignore")  # torch's, of schedulers and backends that are not ours
             if trial.stage is cases.TORCH_FUSED:
                 outcome.failures += _against_torch(trial)
@@ -128,13 +128,13 @@ def _repeats(trial: Trial) -> Iterator[tuple[str, Callable[[], dict]]]:
         return _state(trial.run(opt, again, half + 1), again)
 
     def with_threads() -> dict:
-        with use_threads(other):
+        with use_threads(many):
             return straight()
 
-    other = 1 if trial.threads > 1 else 2
+    many = max(2, trial.threads)
     yield f"saved and loaded after step {STEPS // 2}", resumed
     if trial.device == "cpu":
-        yield f"with {other} thread{'s'[: other - 1]} instead of {trial.threads}", with_threads
+        yield f"with {many} threads instead of one", with_threads
     if trial.against_cpu:
         yield "on the cpu backend", lambda: straight("cpu", "cpu")
 
@@ -143,24 +143,23 @@ def _against_torch(trial: Trial) -> list[str]:
     """Differences from torch's fused kernel, in fp32, with and without weight decay."""
     failures, stage = [], trial.stage
     parent = next(base for base in trial.rule.cls.__mro__ if base.__module__.startswith("torch.optim."))
-    with use_threads(1):  # torch's vectors begin anew in each thread
-        for decays in (False, True):
-            params = cases.parameters(cases.TORCH_SHAPES, trial.dtypes[:1] * 3, trial.seed, trial.device)
-            theirs = cases.copies(params)
-            opt = trial.build(params)
-            for group in () if decays else opt.param_groups:
-                group["weight_decay"] = 0.0
-            twins = dict(zip(params, theirs, strict=True))
-            groups = [{**_torchs_options(parent, g), "params": [twins[p] for p in g["params"]]} for g in opt.param_groups]
-            torchs = parent(groups, lr=0.1, fused=True, **trial.rule.common)
-            for t in range(1, STEPS + 1):
-                for some, one in ((params, opt), (theirs, torchs)):
-                    cases.set_gradients(one, some, stage, trial.seed, t)
-                    one.step()
-            ours = {k: {key: x for key, x in opt.state[p].items() if key in torchs.state[twins[p]]} for k, p in enumerate(params)}
-            expected = {k: torchs.state[q] for k, q in enumerate(theirs)}
-            what = f"with fused=True of torch.optim.{parent.__name__}, {'with' if decays else 'without'} decay"
-            failures += _differences({"state": expected, "w": theirs}, {"state": ours, "w": params}, what)
+    for decays in (False, True):
+        params = cases.parameters(cases.TORCH_SHAPES, trial.dtypes[:1] * 3, trial.seed, trial.device)
+        theirs = cases.copies(params)
+        opt = trial.build(params)
+        for group in () if decays else opt.param_groups:
+            group["weight_decay"] = 0.0
+        twins = dict(zip(params, theirs, strict=True))
+        groups = [{**_torchs_options(parent, g), "params": [twins[p] for p in g["params"]]} for g in opt.param_groups]
+        torchs = parent(groups, lr=0.1, fused=True, **trial.rule.common)
+        for t in range(1, STEPS + 1):
+            for some, one in ((params, opt), (theirs, torchs)):
+                cases.set_gradients(one, some, stage, trial.seed, t)
+                one.step()
+        ours = {k: {key: x for key, x in opt.state[p].items() if key in torchs.state[twins[p]]} for k, p in enumerate(params)}
+        expected = {k: torchs.state[q] for k, q in enumerate(theirs)}
+        what = f"with fused=True of torch.optim.{parent.__name__}, {'with' if decays else 'without'} decay"
+        failures += _differences({"state": expected, "w": theirs}, {"state": ours, "w": params}, what)
     return failures
 
 
