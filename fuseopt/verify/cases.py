@@ -1,5 +1,6 @@
 """What `fuseopt verify` sweeps: rules, stages, dtypes; the tensors, masks and gradients that it feeds them."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,8 @@ import fuseopt
 from fuseopt import EMA, Prune
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-STEPS = 4
+STEPS = 3
+HALF = 2  # the step after which all is saved and loaded
 SCALE = 1024.0  # of the loss, in the stages that unscale
 SKIPPED = 2  # the step that found_inf skips in those stages
 
@@ -60,7 +62,14 @@ RULES = (
         fuseopt.NAdam,
         (
             {"lr": 0.02, "betas": (0.9, 0.98), "eps": 1e-3, "momentum_decay": 0.01, "weight_decay": 0.1},
-            {"lr": 0.05, "betas": (0.6, 0.9), "eps": 1e-4, "momentum_decay": 0.05, "weight_decay": 0.2, "maximize": True},
+            {
+                "lr": 0.05,
+                "betas": (0.6, 0.9),
+                "eps": 1e-4,
+                "momentum_decay": 0.05,
+                "weight_decay": 0.2,
+                "maximize": True,
+            },
         ),
         fused=False,
     ),
@@ -106,7 +115,7 @@ class Stage:
 
 _mean = EMA(warmup="swa", start=1)
 _timm = EMA(0.999, warmup="timm")
-_several = [EMA(0.9), EMA(0.99, warmup="diffusers", every=2), EMA(warmup="edm2", sigma_rel=0.1, dtype="parameter")]
+_several = [EMA(0.9), EMA(0.99, warmup="diffusers", start=-1, every=2), EMA(warmup="edm2", sigma_rel=0.1, dtype="parameter")]
 _global = Prune(0.4, begin=1, end=STEPS)
 STAGES = (
     Stage("plain", "the rule alone, without weight decay", decay=None),
@@ -120,12 +129,12 @@ STAGES = (
     Stage(
         "prune-tensor",
         "the smallest of each tensor pruned by a linear schedule; moments kept",
-        {"prune": Prune(0.4, scope="tensor", schedule="linear", begin=1, end=3, moments="keep")},
+        {"prune": Prune(0.4, scope="tensor", schedule="linear", begin=1, end=STEPS, moments="keep")},
     ),
     Stage(
         "prune-2:4",
         "2 of every 4 weights pruned, and again anew",
-        {"prune": Prune(pattern="2:4", begin=2, end=STEPS, every=2, regrow=True)},
+        {"prune": Prune(pattern="2:4", begin=1, end=STEPS, every=2, regrow=True)},
     ),
     Stage(
         "prune-rows",
@@ -177,15 +186,28 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed % 2**63)
 
 
+@functools.lru_cache(maxsize=512)  # the same in every cell; as float32, like the gradients
+def _weight(shape: tuple[int, ...], seed: int, k: int) -> Tensor:
+    values = (torch.randn(shape, generator=_generator(seed, 0, k)) * 0.5).clamp(-2, 2)
+    values.view(-1)[3::14] = 0.0
+    values.view(-1)[10::14] = -0.0
+    return values
+
+
+@functools.lru_cache(maxsize=512)
+def _gradient(shape: tuple[int, ...], seed: int, k: int, t: int) -> Tensor:
+    generator = _generator(seed, t, k)
+    size = 10 ** (torch.rand(shape, generator=generator) * 2.2 - 1.5)
+    return size * (torch.randint(0, 2, shape, generator=generator) * 2 - 1)
+
+
 def parameters(shapes: Sequence[tuple], dtypes: Sequence[torch.dtype], seed: int, device: str) -> list[Parameter]:
     """Gaussian weights up to 2, some of them zeros of either sign; four dimensions lie as channels_last."""
     made = []
     for k, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-        values = (torch.randn(shape, generator=_generator(seed, 0, k)) * 0.5).clamp(-2, 2)
-        values.view(-1)[3::14] = 0.0
-        values.view(-1)[10::14] = -0.0
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-        made.append(Parameter(values.to(device, dtype).contiguous(memory_format=layout)))
+        values = _weight(shape, seed, k).to(device, dtype, copy=True)
+        made.append(Parameter(values.contiguous(memory_format=layout)))
     return made
 
 
@@ -199,10 +221,7 @@ def gradient(p: Tensor, k: int, seed: int, t: int) -> Tensor:
 
     Each is large enough that SGD moves a 16-bit weight.
     """
-    generator = _generator(seed, t, k)
-    size = 10 ** (torch.rand(p.shape, generator=generator) * 2.2 - 1.5)
-    sign = torch.randint(0, 2, p.shape, generator=generator) * 2.0 - 1
-    return (size * sign).to(p.device, p.dtype)
+    return _gradient(tuple(p.shape), seed, k, t).to(p.device, p.dtype, copy=True)
 
 
 def set_gradients(opt, params: Sequence[Parameter], stage: Stage, seed: int, t: int) -> None:
@@ -248,5 +267,3 @@ def build(rule: Rule, stage: Stage, params: Sequence[Parameter], backend: str, s
     for k, p in enumerate(params if stage.mask else ()):
         opt.mask(p, keep(p, k, seed), mode=stage.mask)
     return opt
-
-

@@ -36,6 +36,10 @@ class Interval:
         value = exact.to(dtype)
         return cls(value, torch.where(low.isnan(), value, low), torch.where(high.isnan(), value, high), exact)
 
+    def at(self, where: Tensor) -> "Interval":
+        """That of the entries where `where` is True."""
+        return Interval(self.value[where], self.low[where], self.high[where], self.exact[where])
+
     def slack(self) -> Tensor:
         """The distance from the value to the farther end; 0 where both are infinite."""
         value = self.value.double()

@@ -72,7 +72,7 @@ def _of_file(path: Path) -> Found:
 
 
 def _of_shards(index: Path) -> Found:
-    files = json.loads(index.read_text())["weight_map"].values()
+    files = json.loads(index.readtext())["weight_map"].values()
     return [tensor for name in sorted(set(files)) for tensor in _of_file(index.parent / name)]
 
 
@@ -94,7 +94,9 @@ def _of_torch(path: Path) -> Found:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"torch.load(weights_only=True) does not read it ({reason} ...); save its state_dict()") from None
+        raise ValueError(
+            f"torch.load(weights_only=True) does not read it ({reason} ...); save its state_dict()"
+        ) from None
     for key in WEIGHTS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -127,7 +129,7 @@ def _choose(found: Found) -> Chosen:
     if len(kept) < len(distinct):
         said.append(f"of these shapes {len(kept)} are run, from the largest to the smallest")
     if cuts := [(a, b) for (a, _), b in zip(kept, shapes, strict=True) if a != b]:
-        names = ", ".join(f"{_text(a)} to {_text(b)}" for a, b in cuts[:2]) + (" ..." if cuts[2:] else "")
+        names = ", ".join(f"{text(a)} to {text(b)}" for a, b in cuts[:2]) + (" ..." if cuts[2:] else "")
         said.append(f"{len(cuts)} cut, to stay below {ENTRIES:,} entries together: {names}")
     if others := sorted({str(d).removeprefix("torch.") for _, d in found if d not in DTYPES.values()}):
         count = sum(d not in DTYPES.values() for _, d in found)
@@ -162,5 +164,6 @@ def cut(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
     return tuple(out)
 
 
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+def text(shape: tuple[int, ...]) -> str:
+    """131x127."""
+    return "x".join(map(str, shape)) or "a scalar"

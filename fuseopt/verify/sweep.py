@@ -92,28 +92,29 @@ def _written(path: str, text: str) -> str | None:
 
 def _rows(sweep: Sweep, backends: list[str], out: TextIO) -> Iterator[Cell]:
     """Run and print the rows of one table, cell by cell."""
-    for rule in sweep.rules:
-        for stage in sweep.stages:
-            line = f"{rule.name:<{table.RULE}}{stage.name:<{table.STAGE}}"
-            for backend in backends:
-                for dtype in sweep.dtypes:
-                    cell = _cell(sweep, rule, stage, dtype, backend)
-                    print(line, end="", file=out, flush=True)
-                    line = f"{str(cell):<{table.CELL}}"
-                    yield cell
-            print(line.rstrip(), file=out, flush=True)
+    rows = [(rule, stage) for rule in sweep.rules for stage in sweep.stages]
+    for number, (rule, stage) in enumerate(rows):
+        line = f"{rule.name:<{table.RULE}}{stage.name:<{table.STAGE}}"
+        for backend in backends:
+            for k, dtype in enumerate(sweep.dtypes):
+                # Two threads on a busy processor wait long for each other: one cell in turn, and any cell alone.
+                threads = max(2, sweep.threads) if k == number % len(sweep.dtypes) else None
+                cell = _cell(sweep, rule, stage, dtype, backend, threads)
+                print(line, end="", file=out, flush=True)
+                line = f"{str(cell):<{table.CELL}}"
+                yield cell
+        print(line.rstrip(), file=out, flush=True)
 
 
-def _cell(sweep: Sweep, rule: cases.Rule, stage: cases.Stage, dtype: str, backend: str) -> Cell:
+def _cell(sweep: Sweep, rule: cases.Rule, stage: cases.Stage, dtype: str, backend: str, threads: int | None) -> Cell:
     """Run one cell."""
     place = (rule.name, stage.name, dtype, backend)
-    skipped = cases.why_not(rule, stage, dtype, backend, sweep.narrowed)
-    if skipped:
+    if skipped := cases.why_not(rule, stage, dtype, backend, sweep.narrowed):
         return Cell(*place, skipped=skipped)
-    chosen = sweep.chosen
-    dtypes = chosen.dtypes if dtype == AS_STORED else (DTYPES[dtype],) * len(chosen.shapes)
+    shapes = sweep.chosen.shapes
+    dtypes = sweep.chosen.dtypes if dtype == AS_STORED else (DTYPES[dtype],) * len(shapes)
     like_cpu = backend in ("cuda", "triton") and sweep.here["cpu"] is None and set(dtypes) == {torch.float32}
-    trial = Trial(rule, stage, backend, sweep.seed, chosen.shapes, dtypes, device_of(backend), sweep.threads, like_cpu)
+    trial = Trial(rule, stage, backend, sweep.seed, shapes, dtypes, device_of(backend), threads, like_cpu)
     start = time.perf_counter()
     outcome = check(trial)
     return Cell(*place, outcome, None, time.perf_counter() - start, sweep.command(rule, stage, dtype, backend))
@@ -122,7 +123,7 @@ def _cell(sweep: Sweep, rule: cases.Rule, stage: cases.Stage, dtype: str, backen
 def _tensors(sweep: Sweep) -> list[str]:
     if sweep.model:
         return [f"{sweep.model}: {sweep.chosen.said[0]}", *sweep.chosen.said[1:]]
-    return [", ".join("x".join(map(str, shape)) or "a scalar" for shape in sweep.chosen.shapes) + f"; seed {sweep.seed}"]
+    return [", ".join(shapes.text(shape) for shape in sweep.chosen.shapes)]
 
 
 # ---- the backends of this machine ---------------------------------------------------------------------
@@ -174,12 +175,15 @@ def parser() -> Parser:
     out.add_argument(
         "--model",
         metavar="PATH",
-        help="run on the shapes and dtypes of this model: a safetensors file, a file that torch.load(weights_only=True) "
-        "reads, a folder with either, or a transformers folder with config.json; --dtypes replaces its dtypes",
+        help="run on the shapes and dtypes of this model: a safetensors file, a file that "
+        "torch.load(weights_only=True) reads, a folder with either, or a transformers folder with config.json; "
+        "large ones are cut; --dtypes replaces its dtypes",
     )
     out.add_argument("--seed", type=int, default=0, help="of weights, gradients and masks; 0 by default")
     out.add_argument("--threads", type=int, help="that torch may use; torch's own number by default")
-    out.add_argument("--json", metavar="FILE", help="write the result here too; -: to standard output, the table to error")
+    out.add_argument(
+        "--json", metavar="FILE", help="write the result here too; -: to standard output, the table to error"
+    )
     return out
 
 

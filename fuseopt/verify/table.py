@@ -85,7 +85,8 @@ def _processor() -> str:
 
 def header(about: dict, backends: dict[str, str | None], tensors: list[str]) -> str:
     """The lines above the table. backends: why each is not here; tensors: what the sweep runs on."""
-    here = [f"{name} ({about['instruction_set']})" if name == "cpu" else name for name, why in backends.items() if not why]
+    named = {"cpu": f"cpu ({about['instruction_set']})", "torch": "torch (plain operations)"}
+    here = [named.get(name, name) for name, why in backends.items() if not why]
     lines = [
         f"fuseopt {about['fuseopt']}, torch {about['torch']}, Python {about['python']}, {about['threads']} threads",
         f"machine   {about['processor']}, {about['cores']} cores, {about['system']}",
@@ -94,7 +95,7 @@ def header(about: dict, backends: dict[str, str | None], tensors: list[str]) -> 
         f"tensors   {'; '.join(tensors[:1])}",
         *(f"          {line}" for line in tensors[1:]),
         f"Each cell: {STEPS} steps against torch.optim and separate passes in float64; the same bits when saved and",
-        "loaded halfway and with one thread or all; gradients not written; every free entry moved.",
+        "loaded halfway (one cell of a row: with all threads too); gradients not written; every free entry moved.",
     ]
     return "\n".join(line.rstrip() for line in lines)
 

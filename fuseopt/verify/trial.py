@@ -1,12 +1,11 @@
 """One cell of the sweep: an optimizer driven for a few steps, checked by `attach` and by what `attach` cannot see."""
 
-import copy
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import cases
-from .cases import STEPS, Rule, Stage
+from .cases import HALF, STEPS, Rule, Stage
 from .checker import attach
 
 
@@ -29,7 +28,7 @@ class Trial:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     device: str
-    threads: int  # of which one must do what all do
+    threads: int | None  # that must do what one does; None: not compared
     against_cpu: bool = False  # the cpu backend is there to compare a GPU's fp32 bits with
 
     def parameters(self) -> list[Parameter]:
@@ -83,9 +82,7 @@ def _check(trial: Trial, outcome: Outcome) -> None:
     outcome.failures += [_told(row) for row in report.worst() if not row["passed"]]
     if report.steps != STEPS:
         outcome.failures.append(f"{report.steps} of {STEPS} steps were checked")
-    expected = _state(opt, params)
-    for what, other in _repeats(trial):
-        outcome.failures += _differences(expected, other(), what)
+    outcome.failures += _repeat(trial, _state(opt, params))
 
 
 def _drive(trial: Trial, opt, params: list[Parameter]) -> Iterator[str]:
@@ -108,35 +105,32 @@ def _drive(trial: Trial, opt, params: list[Parameter]) -> Iterator[str]:
             yield f"{still} of {p.numel()} entries of w{k} {tuple(p.shape)} never moved"
 
 
-def _repeats(trial: Trial) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """(what must not change the bits, function that runs the trial so and returns its state)."""
+def _repeat(trial: Trial, expected: dict) -> list[str]:
+    """What changes the bits and must not: saving and loading halfway, threads, the backend of a GPU."""
+    half, many = HALF, trial.threads
+    failures = _differences(expected, _run_again(trial, half), f"saved and loaded after step {half}")
+    if many and trial.device == "cpu":
+        failures += _differences(expected, _run_again(trial, threads=many), f"with {many} threads instead of one")
+    if trial.against_cpu:
+        on_cpu = replace(trial, backend="cpu", device="cpu")
+        failures += _differences(expected, _run_again(on_cpu), "on the cpu backend")
+    return failures
 
-    def straight(backend: str | None = None, device: str | None = None) -> dict:
-        params = trial.parameters()
-        params = [Parameter(p.detach().to(device or p.device)) for p in params]
-        return _state(trial.run(trial.build(params, backend), params), params)
 
-    def resumed() -> dict:
-        half = STEPS // 2
-        params = trial.parameters()
+def _run_again(trial: Trial, half: int | None = None, threads: int = 1) -> dict:
+    """The state after the same steps. half: the step after which all is saved and loaded."""
+    params = trial.parameters()
+    with use_threads(threads):
+        opt = trial.run(trial.build(params), params, last=half or STEPS)
+        if half is None:
+            return _state(opt, params)
         saved = io.BytesIO()
-        torch.save(trial.run(trial.build(params), params, 1, half).state_dict(), saved)
+        torch.save(opt.state_dict(), saved)
         saved.seek(0)
         again = cases.copies(params)
         opt = trial.build(again)
         opt.load_state_dict(torch.load(saved, weights_only=True))
         return _state(trial.run(opt, again, half + 1), again)
-
-    def with_threads() -> dict:
-        with use_threads(many):
-            return straight()
-
-    many = max(2, trial.threads)
-    yield f"saved and loaded after step {STEPS // 2}", resumed
-    if trial.device == "cpu":
-        yield f"with {many} threads instead of one", with_threads
-    if trial.against_cpu:
-        yield "on the cpu backend", lambda: straight("cpu", "cpu")
 
 
 def _against_torch(trial: Trial) -> list[str]:
@@ -156,7 +150,7 @@ def _against_torch(trial: Trial) -> list[str]:
             for some, one in ((params, opt), (theirs, torchs)):
                 cases.set_gradients(one, some, stage, trial.seed, t)
                 one.step()
-        ours = {k: {key: x for key, x in opt.state[p].items() if key in torchs.state[twins[p]]} for k, p in enumerate(params)}
+        ours = {k: {key: opt.state[p][key] for key in torchs.state[q]} for k, (p, q) in enumerate(twins.items())}
         expected = {k: torchs.state[q] for k, q in enumerate(theirs)}
         what = f"with fused=True of torch.optim.{parent.__name__}, {'with' if decays else 'without'} decay"
         failures += _differences({"state": expected, "w": theirs}, {"state": ours, "w": params}, what)
@@ -185,7 +179,7 @@ def use_threads(number: int) -> Iterator[None]:
 
 def _state(opt, params: list[Parameter]) -> dict:
     """Weights and everything of a checkpoint: row by row, whatever the layout in memory."""
-    return {"weight": dict(enumerate(params)), **copy.deepcopy(opt.state_dict())}
+    return {"weight": dict(enumerate(params)), **opt.state_dict()}
 
 
 def _differences(a: Any, b: Any, what: str) -> list[str]:
