@@ -34,7 +34,7 @@ def of_model(path: str) -> Chosen:
     try:
         found = _of_folder(Path(path)) if Path(path).is_dir() else _of_file(Path(path))
     except OSError as error:
-        raise OSError(f"--model {path}: {error.strerror or error}") from error
+        raise OSError(f"--model {path}: {error.filename or ''}: {error.strerror or error}") from error
     except ImportError as error:
         raise ValueError(f"--model {path}: {error}; pip install 'fuseopt[finetune]'") from error
     except Exception as error:  # whatever a reader makes of damaged bytes
@@ -72,7 +72,7 @@ def _of_file(path: Path) -> Found:
 
 
 def _of_shards(index: Path) -> Found:
-    files = json.loads(index.readtext())["weight_map"].values()
+    files = json.loads(index.read_text())["weight_map"].values()
     return [tensor for name in sorted(set(files)) for tensor in _of_file(index.parent / name)]
 
 
@@ -150,7 +150,7 @@ def _limits(sizes: list[int]) -> list[int]:
     while low < high:
         level = (low + high + 1) // 2
         low, high = (level, high) if sum(min(n, level) for n in sizes[1:]) <= ENTRIES // 2 else (low, level - 1)
-    return [ENTRIES // 2] + [low] * (len(sizes) - 1)
+    return ([ENTRIES // 2] + [low] * len(sizes))[: len(sizes)]
 
 
 def cut(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:

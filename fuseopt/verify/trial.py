@@ -88,6 +88,7 @@ def _check(trial: Trial, outcome: Outcome) -> None:
 def _drive(trial: Trial, opt, params: list[Parameter]) -> Iterator[str]:
     """All steps. Yields what is wrong: gradients that were written, weights that never moved."""
     start = [p.detach().clone() for p in params]
+    large = [cases.gradient(p, k, trial.seed, 1).abs() >= cases.LARGE for k, p in enumerate(params)]
     moved = [torch.zeros(p.shape, dtype=torch.bool, device=p.device) for p in params]
     for t in range(1, STEPS + 1):
         cases.set_gradients(opt, params, trial.stage, trial.seed, t)
@@ -99,7 +100,7 @@ def _drive(trial: Trial, opt, params: list[Parameter]) -> Iterator[str]:
             moved[k] |= p.detach() != start[k]
     for k, p in enumerate(params):
         held, pruned = opt.keep_mask(p), opt.prune_mask(p)
-        free = torch.ones_like(moved[k]) if held is None else held
+        free = large[k] if held is None else large[k] & held
         free = free if pruned is None else free & ~pruned
         if still := int((free & ~moved[k]).sum()):
             yield f"{still} of {p.numel()} entries of w{k} {tuple(p.shape)} never moved"
