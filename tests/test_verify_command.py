@@ -187,8 +187,13 @@ def test_a_compiled_step_that_is_off_by_a_bit_is_not_torchs(capsys, monkeypatch)
 
 
 def test_weights_that_never_move_are_found(capsys, monkeypatch):
-    """The copy takes the same gradient of zero: nothing but the count can tell."""
-    monkeypatch.setattr(cases, "gradient", lambda p, k, seed, t: torch.zeros_like(p))
+    """The copy takes the same gradients of zero: nothing but the count can tell."""
+
+    def zeros(opt, params, *rest):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+
+    monkeypatch.setattr(cases, "set_gradients", zeros)
     status, text, _ = run(capsys, *QUICK, "--stages", "plain")
     assert status == 1 and "never moved" in text
 

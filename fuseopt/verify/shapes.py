@@ -13,6 +13,9 @@ Found = list[tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each ten
 
 ENTRIES = 80_000  # the sweep takes about as long as without --model; half of them are the largest tensor's
 TENSORS = 24
+# Other types that safetensors has, which are not trained, count as bytes.
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS |= {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "BOOL": torch.bool}
 WEIGHTS = ("model_state_dict", "state_dict", "model")  # under which checkpoints keep them, beside other things
 
 
@@ -78,12 +81,11 @@ def _of_shards(index: Path) -> Found:
 
 def _of_safetensors(path: Path) -> Found:
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import _TYPES as types
 
     try:
         with safe_open(path, "pt") as file:
             slices = [file.get_slice(name) for name in file.keys()]
-            return [(tuple(one.get_shape()), types.get(one.get_dtype(), torch.uint8)) for one in slices]
+            return [(tuple(one.get_shape()), SAFETENSORS.get(one.get_dtype(), torch.uint8)) for one in slices]
     except SafetensorError as error:
         raise ValueError(f"it is neither a safetensors file nor one that torch.load reads ({error})") from error
 
