@@ -1,6 +1,7 @@
 """`fuseopt verify --model`: the shapes and dtypes of a model's tensors, and the few of them that are run."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -93,7 +94,9 @@ def _of_safetensors(path: Path) -> Found:
 def _of_torch(path: Path) -> Found:
     """Nothing but shapes comes into memory."""
     try:
-        content = torch.load(path, map_location="meta", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of old formats
+            content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(
