@@ -1,41 +1,37 @@
 """The command line: `fuseopt COMMAND ...`, also `python -m fuseopt COMMAND ...`."""
 
 import argparse
+import importlib
 import sys
 
 import fuseopt
 
 
-def _finetune(argv):
-    from fuseopt.finetune import main
+def _harness(command, module, more=None):
+    """A command of fuseopt.finetune, which needs the extra `finetune` (and `more`, {module: package})."""
 
-    return main(argv)
+    def run(argv):
+        from fuseopt import finetune
 
+        if finetune.missing_extras(f"fuseopt {command}", more):
+            return 2
+        finetune.quiet_imports()
+        return importlib.import_module(f"fuseopt.finetune.{module}").main(argv)
 
-def _compare(argv):
-    from fuseopt.finetune import missing_extras
-
-    if missing_extras("fuseopt compare"):
-        return 2
-    from fuseopt.finetune.compare import main
-
-    return main(argv)
+    return run
 
 
-def _search(argv):
-    from fuseopt.finetune import missing_extras
-
-    if missing_extras("fuseopt search", {"optuna": "optuna"}):
-        return 2
-    from fuseopt.finetune.search import main
+def _verify(argv):
+    from fuseopt.verify.sweep import main
 
     return main(argv)
 
 
 COMMANDS = {
-    "finetune": (_finetune, "fine-tune a pretrained model with a fused optimizer, checking every step"),
-    "compare": (_compare, "print and plot finished runs beside one another"),
-    "search": (_search, "search the best values of any options, each trial a run"),
+    "finetune": (_harness("finetune", "cli"), "fine-tune a classifier of images or text with a fused optimizer"),
+    "verify": (_verify, "check every rule, stage, dtype and backend on this machine; takes about a minute"),
+    "compare": (_harness("compare", "compare"), "print and plot finished runs of finetune beside one another"),
+    "search": (_harness("search", "search", {"optuna": "optuna"}), "search the best values of any options of finetune"),
 }
 
 

@@ -16,6 +16,7 @@ compare.py   `fuseopt compare`: a table and a plot of several runs
 
 import importlib.util
 import logging
+import os
 import sys
 
 # {module: the package that has it}
@@ -39,16 +40,7 @@ def missing_extras(prog, more=None):
 
 
 def quiet_imports():
-    """Where torchao is installed, importing it says on standard error which of its CUDA files this machine lacks."""
+    """Where torchao is installed, transformers imports it, and it says at length which CUDA files it cannot load."""
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def main(argv=None):
-    """Run `fuseopt finetune` with these arguments and return its exit status (see fuseopt.__main__.main)."""
-    if missing_extras("fuseopt finetune"):
-        return 2
-    quiet_imports()
-    from fuseopt.finetune.cli import main as run
-
-    return run(argv)

@@ -17,6 +17,7 @@ from fuseopt.finetune.communication import check_communication
 from fuseopt.finetune.data import Data
 from fuseopt.finetune.loss import check_loss
 from fuseopt.finetune.optim import build_optimizer, clips, frozen_names
+from fuseopt.finetune.quantize import torchao
 from fuseopt.finetune.train import FusedTrainer
 
 MAX_GRAD_NORM = 1.0  # transformers' default, which config.yaml leaves out
@@ -75,6 +76,8 @@ def prepare(options, args, data=None, processor=None):
     _check_numbers(options, args)
     check_loss(options, args)
     check_communication(options, args)
+    if options.quantize:
+        torchao()
     set_seed(args.seed)
     data = data_module.load(options, args.seed) if data is None else data
     run = _run(options, args, data, _new_processor(options, data, processor), checkpoint)

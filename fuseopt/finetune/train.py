@@ -38,7 +38,7 @@ class FusedTrainer(Trainer):
             processing_class=run.processor,
             compute_metrics=_accuracy,
             optimizers=(run.optimizer, None),
-            callbacks=[self.step_times, self._verification, self._interruption, before_pruning, log],
+            callbacks=[self.step_times, self._verification, self._interruption, before_pruning, data.SetEpoch(), log],
         )
         self.model_accepts_loss_kwargs = True  # have num_items_in_batch counted for compute_loss
         set_hook(run.options, self.accelerator)

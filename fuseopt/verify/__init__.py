@@ -6,7 +6,8 @@
 
 Nothing here imports the formulas of fuseopt: `recipe` states them anew, the way a user writes them, in
 float64. `shadow` runs the recipe beside the optimizer, `judge` decides what may differ and by how much,
-`report` holds the table of bounds and prints the result.
+`report` holds the table of bounds and prints the result. The command `fuseopt verify` (`sweep`) runs every rule
+and stage so on this machine: `cases` says on what, `trial` runs one cell, `shapes` reads those of a model.
 """
 
 from .checker import Checker, attach

@@ -120,7 +120,7 @@ class Checker:
         facts = StepFacts(opt, self.kind, self._t, before["options"], grads, before["grad_scale"])
         masks = {p: entry.pruned for p, entry in self._trajectory.entries.items()}
         free = facts.free_gradients(masks)
-        facts.total_norm = torch.nn.utils.get_total_norm(free) if free else torch.tensor(0.0)
+        facts.total_norm = recipe.total_norm(free)
         if single is not None:
             single.step(facts)
             self._check_statistics(facts, free)

@@ -36,6 +36,10 @@ class Interval:
         value = exact.to(dtype)
         return cls(value, torch.where(low.isnan(), value, low), torch.where(high.isnan(), value, high), exact)
 
+    def at(self, where: Tensor) -> "Interval":
+        """That of the entries where `where` is True."""
+        return Interval(self.value[where], self.low[where], self.high[where], self.exact[where])
+
     def slack(self) -> Tensor:
         """The distance from the value to the farther end; 0 where both are infinite."""
         value = self.value.double()
@@ -43,6 +47,8 @@ class Interval:
 
     def put(self, where: Tensor, what: Tensor | float) -> None:
         """Exactly `what`, where `where` is True."""
+        if not where.any():  # as mostly; three passes cost more than a look
+            return
         for name in ("value", "low", "high"):
             setattr(
                 self,
@@ -52,6 +58,8 @@ class Interval:
 
     def hold(self, where: Tensor, other: "Interval") -> None:
         """The other interval, where `where` is True."""
+        if not where.any():
+            return
         for name in ("value", "low", "high", "exact"):
             setattr(self, name, torch.where(where, getattr(other, name), getattr(self, name)))
 
@@ -165,7 +173,7 @@ def selection_mismatches(candidates: list[Candidate], sparsity: float, ties: boo
     c = {name: torch.cat([getattr(one, name) for one in candidates]) for name in Candidate.__annotations__}
     chosen, kept = c["after"] & ~c["before"], ~c["after"] & ~c["frozen"]
     wrong = chosen & c["frozen"]
-    order = torch.arange(chosen.numel())
+    order = torch.arange(chosen.numel(), device=chosen.device)
     if bool(kept.any()):
         cut = c["greatest"][kept].min()
         at_cut = kept & (c["greatest"] == cut) & (c["least"] == cut)

@@ -18,7 +18,7 @@ def n_m_mismatches(c: Candidate, shape: torch.Size, n: int, m: int, ties: bool) 
     real = _groups(torch.ones_like(c.before), shape, m)
     chosen, kept = cut["after"] & ~cut["before"], real & ~cut["after"] & ~cut["frozen"]
     wrong = (chosen & cut["frozen"]) | (cut["before"] & ~cut["after"])
-    certain, place = cut["least"] == cut["greatest"], torch.arange(m)
+    certain, place = cut["least"] == cut["greatest"], torch.arange(m, device=chosen.device)
     for k in range(m):
         of_k = {name: x[:, k : k + 1] for name, x in cut.items()}
         equal = certain & certain[:, k : k + 1] & (cut["least"] == of_k["least"])

@@ -3,6 +3,7 @@
 All of it in float64, and none of it from the rest of fuseopt: a wrong formula there must not verify itself.
 """
 
+import functools
 import inspect
 
 import torch
@@ -59,6 +60,12 @@ def is_decoupled(kind: type, options: dict) -> bool:
     return kind in (torch.optim.AdamW, Lion) or bool(options.get("decoupled_weight_decay"))
 
 
+@functools.cache
+def parameters_of(kind: type) -> list[str]:
+    """The names of the options that the copy passes on to its class."""
+    return [name for name in inspect.signature(kind).parameters if name not in (*NOT_COPIED, "params")]
+
+
 def rule(
     kind: type, options: dict, p: Tensor, g: Tensor, moments: dict, counters: dict
 ) -> tuple[Tensor, dict, dict]:
@@ -66,8 +73,7 @@ def rule(
 
     Moments and counters are empty before a parameter's first step: torch makes them.
     """
-    own = {name: options[name] for name in inspect.signature(kind).parameters if name in options}
-    own = {name: value for name, value in own.items() if name not in NOT_COPIED and name != "params"}
+    own = {name: options[name] for name in parameters_of(kind) if name in options}
     lr, l1, decoupled = options["lr"], options.get("l1", 0.0), is_decoupled(kind, options)
 
     p = p.clone()
@@ -100,6 +106,12 @@ def unscale_and_mask(grad: Tensor, grad_scale: float, keep: Tensor | None) -> Te
     if keep is not None:
         g[~keep] = 0
     return g
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """The norm of float64 gradients together. torch's own adds up in another order, at 18 units of roundoff."""
+    squares = [g.square().sum() for g in grads]
+    return torch.stack(squares).sum().sqrt() if squares else torch.tensor(0.0, dtype=torch.float64)
 
 
 def clip_coefficient(max_grad_norm: float | None, total_norm: Tensor) -> float:
