@@ -78,7 +78,7 @@ CASES = [
     ("--classes 5 eleven", "eleven"),
     ("--classes 5", "found only 5"),
     ("--test_share 1", "--test_share"),
-    ("--model resnet50", "--model resnet50"),
+    ("--model no/such/model", "--model no/such/model"),
     ("--model mlp", "--model mlp"),
     ("--pretrained {folder}", "--pretrained"),
     ("--pretrained {missing}", "missing"),

@@ -1,6 +1,7 @@
 """Weights from a folder, a safetensors file or a torch.load(weights_only=True) file, and whether they fit."""
 
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ def read(path, option):
     try:
         with open(path, "rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"  # the length of the header comes first
-        content = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of a pickle protocol that it may not read
+            content = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{option}: not a file of tensors alone, and pickled objects are not loaded: save a safetensors file, "
