@@ -125,6 +125,15 @@ def test_each_init_does_what_it_says():
     torch.testing.assert_close(found["orthogonal"] @ found["orthogonal"].T, torch.eye(100))
 
 
+def test_head_init_of_a_model_from_scratch_leaves_the_rest():
+    for kind in SMALL:
+        default, zeros = (
+            begin(data_for(kind), model=kind, pretrained="none", head_init=choice).model.state_dict()
+            for choice in ("default", "zeros")
+        )
+        assert differing(default, zeros) == {"head.weight", "head.bias"} and not zeros["head.weight"].any()
+
+
 def test_token_embeddings_begin_small_and_padding_at_zero():
     weight = begin(texts(), pretrained="none").model.stem.weight
     assert abs(weight[1:].std() / 0.1 - 1) < 0.1 and not weight[0].any() and weight[1:].all()
