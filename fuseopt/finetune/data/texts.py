@@ -1,5 +1,6 @@
 """Readers of texts, their cleaning, and a tokenizer for the small models."""
 
+import dataclasses
 import csv
 import html
 import io
@@ -72,7 +73,7 @@ def text_row(record, where, options, problems):
 
 def embedded_sentences(options):
     """The sentences on six topics that come with the package."""
-    plain = type(options)(no_clean=options.no_clean)  # its columns have the default names
+    plain = dataclasses.replace(options, text_column="text", label_column="label")
     source = json_lines(SENTENCES, "--data sentences", plain)
     source.note = "embedded sentences on everyday topics"
     return source
