@@ -1,7 +1,7 @@
 """Readers of texts, their cleaning, and a tokenizer for the small models."""
 
-import dataclasses
 import csv
+import dataclasses
 import html
 import io
 import json
