@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,44 @@ def test_each_picture_can_be_made_again(script, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert script.with_suffix(".png").exists(), "the picture in the page was not committed"
     assert any(f"pictures/{script.stem}.png" in page.read_text() for page in PAGES), "no page shows it"
+
+
+SHELL = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    """Every `fuseopt COMMAND ...` of the pages' shell blocks, as words."""
+    for page in PAGES:
+        for block in SHELL.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["fuseopt"]:
+                    yield pytest.param(words[1:], id=f"{page.stem}: {' '.join(words[1:])[:60]}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_each_command_is_one_that_fuseopt_takes(words, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from fuseopt.__main__ import COMMANDS
+    from fuseopt.finetune import options, search
+
+    assert words[0] in COMMANDS
+    for place, word in enumerate(words):
+        if word == "--config":  # of a run that the reader has made
+            (tmp_path / "config.yaml").write_text("data: digits\n")
+            words[place + 1] = str(tmp_path / "config.yaml")
+    if words[0] == "finetune":
+        options.parse(words[1:])
+    if words[0] == "search":
+        settings, rest = search._parser().parse_known_args(words[1:])
+        assert settings.space and options.parse(rest)
+
+
+def test_the_options_that_the_page_names_are_there():
+    pytest.importorskip("transformers")
+    from fuseopt.finetune import options
+
+    known = {name for action in options.make_parser()._actions for name in action.option_strings}
+    known |= {"--space", "--trials", "--plot", "--nproc-per-node"}
+    named = set(re.findall(r"--[a-z]\w*(?:-\w+)*", (ROOT / "docs" / "pages" / "finetune.md").read_text()))
+    assert len(named) > 50 and named <= known

@@ -2,6 +2,7 @@
 
 import tempfile
 
+import torch
 from transformers import TrainingArguments
 
 BATCH_SIZE = 32  # over all processes, unless --per_device_train_batch_size says otherwise
@@ -16,7 +17,7 @@ TRAINER_DEFAULTS = dict(
     save_strategy="epoch",
     save_total_limit=2,
     seed=0,
-    use_cpu=True,
+    use_cpu=not torch.cuda.is_available(),
     report_to="none",
 )
 

@@ -27,7 +27,7 @@ PROG = "fuseopt finetune"
 
 DESCRIPTION = """
 Fine-tune a classifier of images or text with a fused optimizer. Without options: a small network pretrained on
-the digits 0-4 (embedded) learns the digits 5-9 in some seconds. Every technique is off until its option is
+the digits 0-4 (embedded) learns all ten in some seconds. Every technique is off until its option is
 given, here or in --config FILE. The folder --output_dir then holds config.yaml, metrics.json, report.txt,
 plot.png, confusion.png, log.txt and the models. Exit status: 0 done, 1 the verification failed, 2 bad input,
 130 interrupted (the same command with --resume_from_checkpoint ends with the same bits).
