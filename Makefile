@@ -17,7 +17,7 @@ DEMO   ?= --output_dir runs/demo --overwrite
 
 VENV := .venv
 RUN  := $(VENV)/bin/python
-PIP  := $(RUN) -m pip --disable-pip-version-check
+PIP  := $(RUN) -m pip --disable-pip-version-check --quiet
 # Folders are listed too: theirs is the time stamp that changes when a file is added or removed.
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
 
@@ -76,6 +76,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	  $(PYTHON) -m venv $(VENV); \
 	  cp constraints.txt $(VENV)/constraints.txt; \
 	fi
+	@echo "Installing into $(VENV); the first time this takes a minute or more"
 	$(PIP) install -c $(VENV)/constraints.txt setuptools pybind11 ninja
 	FUSEOPT_NATIVE=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[finetune,test]'
 	$(PIP) install -c $(VENV)/constraints.txt --no-deps timm  # it would add torchvision; its optimizers do without

@@ -9,7 +9,6 @@ embedded; with --encoder also a pretrained transformer, such as the one in the p
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -124,15 +123,14 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--tasks encoder needs --encoder FOLDER")
     if args.seeds < 1:
         p.error(f"--seeds {args.seeds}: give at least 1")
-    result = step.begin(p, args, "finetune") | {"tasks": {task: TASKS[task] for task in tasks}, "finetune": []}
-    for task in tasks:
-        for run in [run for run in args.runs if task in RUNS[run]]:
-            folders = [args.output_dir / task / run.replace(" ", "-") / str(seed) for seed in range(args.seeds)]
-            runs = [train(task, run, seed, folder, args.encoder) for seed, folder in enumerate(folders)]
-            result["finetune"].append(row(task, run, runs))
-            print(f"{task:<10} " + "  ".join(line(result["finetune"][-1])), flush=True)
-            for folder in folders:
-                shutil.rmtree(folder / "teacher", ignore_errors=True)
+    result = step.begin(p, args, "finetune") | {"tasks": {task: TASKS[task] for task in tasks}}
+    made = {(task, run): [] for task in tasks for run in args.runs if task in RUNS[run]}
+    for seed in range(args.seeds):  # the outer loop: what else the machine does falls on all runs alike
+        for (task, run), found in made.items():
+            folder = args.output_dir / task / run.replace(" ", "-") / str(seed)
+            found.append(train(task, run, seed, folder, args.encoder))
+            print(f"{task:<10} " + "  ".join(line(row(task, run, found))), flush=True)
+    result["finetune"] = [row(task, run, found) for (task, run), found in made.items()]
     step.finish(args, result, "finetune")
     return 0
 

@@ -78,7 +78,7 @@ def commands():
                     yield pytest.param(words[1:], id=f"{page.stem}: {' '.join(words[1:])[:60]}")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_each_command_is_one_that_fuseopt_takes(words, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     from fuseopt.__main__ import COMMANDS
