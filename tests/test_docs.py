@@ -69,8 +69,8 @@ SHELL = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands():
-    """Every `fuseopt COMMAND ...` of the pages' shell blocks, as words."""
-    for page in PAGES:
+    """Every `fuseopt COMMAND ...` of the shell blocks of the pages and the README, as words."""
+    for page in [*PAGES, ROOT / "README.md"]:
         for block in SHELL.findall(page.read_text()):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
