@@ -19,7 +19,7 @@ import step
 TASKS = {
     "images": "--classes 5 6 7 8 9 --learning_rate 0.002 --num_train_epochs 20",
     "sentences": "--data sentences --learning_rate 0.003 --num_train_epochs 15",
-    "encoder": "--data sentences --model {encoder} --learning_rate 1e-4 --num_train_epochs 3",
+    "encoder": "--data sentences --model {encoder} --learning_rate 1e-4 --num_train_epochs 2",
 }
 # {run: {task: options}}; a run that a task does not name is not made there, "" is what all tasks add nothing to.
 ALL = ("images", "sentences", "encoder")
