@@ -66,7 +66,7 @@ def row(task: str, run: str, runs: list[dict]) -> dict:
         "weights": used,
         "accuracy": [one["accuracy"][used] for one in runs],
         "raw_accuracy": [one["accuracy"]["raw"] for one in runs],
-        "zeros": zeros["raw_zeros"] / max(zeros["prunable"], 1),
+        "zeros": zeros["raw_zeros"] / zeros["prunable"] if zeros["asked"] else 0.0,  # of what was pruned
         "step_ms": statistics.median(one["time"]["train_step_ms"]["median"] for one in runs),
         "optimizer_ms": statistics.median(one["time"]["optimizer_step_ms"]["median"] for one in runs),
         "peak_bytes": max(one["memory"]["peak_bytes"] for one in runs),
