@@ -297,6 +297,21 @@ def test_confusions_of_few_and_many_classes(tmp_path, figures, classes, counted,
     assert (len(labels) == classes and all(len(label) == 20 for label in labels)) == named
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_that_are_no_mathtext_or_in_no_font(tmp_path, figures):
+    plot.confusion([[1, 0], [0, 1]], ["$x^", "c$_$ 你好"], "Confusions", tmp_path / "confusion.png")
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["$x^", "c$_$ 你好"]
+
+
+def test_a_logarithmic_loss_has_plain_numbers(tmp_path, figures):
+    curves = [{"step": k, "loss": 10.0 ** -k} for k in (1, 2, 3)]
+    results = {"curves": curves, "accuracy": {"raw": 0.7}, "sparsity": {"asked": 0}}
+    run = types.SimpleNamespace(optimizer=types.SimpleNamespace(param_groups=[{}]))
+    plot.draw(run, results, tmp_path / "plot.png")
+    labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert "0.01" in labels and not any("$" in label for label in labels)
+
+
 # ---- several runs ----------------------------------------------------------------------------------
 
 

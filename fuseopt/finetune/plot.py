@@ -2,12 +2,13 @@
 
 import contextlib
 import math
+import warnings
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
 OURS, OTHER, NEUTRAL = "#1b6ca8", "#d9822b", "#667085"
 NUMBERED_CLASSES, NAMED_CLASSES = 30, 60  # up to so many classes a matrix shows its counts, its names
@@ -21,6 +22,7 @@ STYLE = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "legend.frameon": False,
+    "text.parse_math": False,  # a class or a run may have dollars in its name
 }
 
 
@@ -33,9 +35,17 @@ def _figure(path, rows, columns, size, title=None):
             yield list(axes.flat)
             if title:
                 figure.suptitle(title, fontsize=12)
-            figure.savefig(path, dpi=130, format="png", bbox_inches="tight")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name; its place shows a box
+                figure.savefig(path, dpi=130, format="png", bbox_inches="tight")
         finally:
             plt.close(figure)
+
+
+def _plain(axis):
+    """Numbers at a logarithmic axis without the mathtext that STYLE turns off."""
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 # ---- one run ---------------------------------------------------------------------------------------
@@ -98,6 +108,7 @@ def _loss(axis, curves):
     axis.set(title="Loss", ylabel="loss")
     if values and min(values) > 0 and max(values) > 10 * min(values):
         axis.set_yscale("log")
+        _plain(axis.yaxis)
 
 
 def _accuracy(axis, curves):
@@ -235,6 +246,7 @@ def trials(scores, best, name, parameters, path):
             axis.set(title=option, ylabel=name)
             if scale == "log":
                 axis.set_xscale("log")
+                _plain(axis.xaxis)
             elif all(isinstance(value, int) for value in values.values()):
                 axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         for axis in axes[1 + len(parameters) :]:
