@@ -65,8 +65,10 @@ def _finished(folder):
 
 
 def _plain(options):
-    """The options without what is for the student alone: stages, frozen parameters, LoRA, distillation."""
+    """The options without what is for the student alone: stages, frozen and new parameters, LoRA, distillation."""
     stages = {field.name: field.default for field in dataclasses.fields(StageOptions)}
-    off = {"freeze": [], "freeze_by": "mask", "lora_rank": 0, "quantize": False, "verify": 0, "compare_steps": 0}
+    off = {"freeze": [], "freeze_by": "mask", "quantize": False, "verify": 0, "compare_steps": 0}
+    start = {"head": "auto", "head_init": "default", "reinit": []}
+    lora = {"lora_rank": 0, "lora_alpha": None, "lora_dropout": 0.0, "lora_targets": []}
     loss = {"teacher": None, "teacher_scale": None, "temperature": 2.0, "distill_weight": 0.5}
-    return dataclasses.replace(options, **stages, **off, **loss)
+    return dataclasses.replace(options, **stages, **off, **start, **lora, **loss)
