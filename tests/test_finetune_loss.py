@@ -1,5 +1,6 @@
 """The harness's loss, learning-rate schedules and gradient compression."""
 
+import json
 import math
 import os
 import subprocess
@@ -18,9 +19,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainingArguments
 
+from fuseopt.__main__ import main
 from fuseopt.finetune.communication import CommunicationOptions, check_communication
+from fuseopt.finetune.data import load
 from fuseopt.finetune.loss import LossOptions, check_loss, compute_loss, ready_teacher
+from fuseopt.finetune.models import EMBEDDED
+from fuseopt.finetune.options import parse
 from fuseopt.finetune.schedule import ScheduleOptions, make_scheduler
+from fuseopt.finetune.teacher import load as load_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,6 +86,15 @@ def test_distillation_and_smoothing_follow_the_formula():
     assert float(compute_loss(model, inputs, teacher, options, args, 100)[0]) == pytest.approx(
         -sum(math.log(p[i][y]) for i, y in enumerate(labels)) / 8, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("words", ["--reinit neck.*", "--lora_rank 2 --lora_targets conv1", "--head_init zeros"])
+def test_the_teacher_is_what_its_folder_holds(words):
+    """What begins anew or is adapted is the student's."""
+    options, _ = parse(["--teacher", str(EMBEDDED), "--classes", *"01234", *words.split()])
+    state = load_teacher(options, load(options, 0)).model.state_dict()
+    saved = load_file(EMBEDDED / "model.safetensors")
+    assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
 
 
 def test_the_teacher_neither_learns_nor_drops_out():
@@ -211,6 +226,15 @@ def test_plateau_continues_from_its_state():
         for loss in (1.0, 2.0):
             plateau.step(loss)
     assert one.param_groups[0]["lr"] == two.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_plateau_warms_up_in_a_run(tmp_path):
+    """The Trainer's optimizer is accelerate's wrapper, which takes no step hooks."""
+    words = "--schedule plateau --warmup_steps 2 --max_steps 4 --logging_steps 1 --save_strategy no --disable_tqdm true"
+    assert main(["finetune", "--output_dir", str(tmp_path / "run"), *words.split()]) == 0
+    curves = json.loads((tmp_path / "run" / "metrics.json").read_text())["curves"]
+    rates = [row["learning_rate"] for row in curves if "learning_rate" in row]
+    assert rates == pytest.approx([0.0005, 0.001, 0.001, 0.001])  # as the step leaves them
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ class FusedTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
-            optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = make_scheduler(self.options, self.args, optimizer, num_training_steps)
+            ours = self.fused if optimizer is None else optimizer  # accelerate's wrapper takes no step hooks
+            self.lr_scheduler = make_scheduler(self.options, self.args, ours, num_training_steps)
             self._created_lr_scheduler = self.lr_scheduler is not None
         return super().create_scheduler(num_training_steps, optimizer)
 
