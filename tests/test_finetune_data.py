@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 
 import pytest
 
@@ -197,6 +198,11 @@ def test_csv(tmp_path):
     assert load(DataOptions(data=tabs), 0).train[0]["text"].startswith("one, two")
 
 
+def test_csv_with_a_text_of_any_length(tmp_path):
+    data = load(DataOptions(data=str(write_csv(tmp_path, "word " * 40_000 + ",a"))), 0)
+    assert max(len(row["text"]) for row in data.train + data.test) == 199_999
+
+
 def test_json_lines_with_numbered_labels(tmp_path):
     extra = [json.dumps({"text": f"x{i}", "label": 10}) for i in range(4)]
     assert load(DataOptions(data=write_jsonl(tmp_path, *extra)), 0).names == ["0", "1", "10"]
@@ -274,6 +280,7 @@ BAD = [
     (lambda d: write_csv(d, "last,c"), {}, "at least two rows of each class are needed, found too few of c (1)"),
     (lambda d: write_csv(d, header="review,stars"), {}, "no column 'text', found 'review', 'stars': name it with --text_column"),
     (lambda d: write_csv(d, header="text,stars"), {}, "no column 'label', found 'text', 'stars': name it with --label_column"),
+    (lambda d: write_csv(d, header="text,label,text"), {}, "2 columns are named 'text': rename the others"),
     (lambda d: write_csv(d, "a,b,c", "one", "fine,a", "a,b,c"), {}, "3 broken lines: line 10: 3 fields instead of 2; line 11: 1 fields instead of 2; line 13: 3"),
     (lambda d: write_csv(d, *["one"] * 7), {}, "7 broken lines: line 10: 1 fields instead of 2; line 11: 1 fields instead of 2; line 12: 1 fields instead of 2; line 13: 1 fields instead of 2; line 14: 1 fields instead of 2; and 2 more"),
     (lambda d: write_csv(d, '"two\nlines",a', '"open,a', "more,b"), {}, "1 broken lines: line 12: unexpected end of data"),
@@ -304,11 +311,14 @@ def test_bad_input_is_said_in_one_line(tmp_path, make, more, said):
     assert said in message and message.startswith("--") and "\n" not in message
 
 
-def test_a_damaged_hub_folder_is_said(tmp_path):
-    pytest.importorskip("datasets")
+def test_a_damaged_hub_folder_is_said_once(tmp_path, monkeypatch):
+    datasets, logged = pytest.importorskip("datasets"), []
+    level = datasets.logging.get_verbosity()
+    monkeypatch.setattr(logging.getLogger("datasets").handlers[0], "emit", logged.append)
     path = write_lines(tmp_path, "x.parquet", "no parquet")
     with pytest.raises(ValueError, match="not a readable data set"):
         load(DataOptions(data=str(tmp_path)), 0)
+    assert not logged and datasets.logging.get_verbosity() == level
     assert [p.name for p in tmp_path.iterdir()] == ["x.parquet"] and path
 
 

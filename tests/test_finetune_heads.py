@@ -290,6 +290,8 @@ def refusals(folder):
         (images(), dict(lora_dropout=-0.1), "--lora_dropout"),
         (images(), dict(lora_rank=-1), "--lora_rank must be 0 or more, found -1"),
         (images(), dict(lora_targets=["neck.0"]), "without --lora_rank"),
+        (images(), dict(lora_alpha=4.0), "--lora_alpha 4.0 has no effect without --lora_rank"),
+        (images(), dict(depth=99, pretrained="none"), "--pretrained none: no model has such a configuration"),
         (images(), dict(lora_rank=2, pretrained="none"), "--lora_rank needs a checkpoint"),
         (images(), dict(lora_rank=2, reinit=["neck.*"]), "--lora_rank with --reinit"),
     ]

@@ -219,10 +219,15 @@ def damaged(checkpoints, tmp_path_factory):
     save_file(tensors | {"extra": torch.zeros(2)}, folder / "other")
     save_file(tensors | {"stem.conv1.bias": torch.zeros(5)}, folder / "reshaped")
     save_file(tensors | {"neck.0.bias": tensors["neck.0.bias"] * torch.nan}, folder / "nan")
-    for name in ("truncated", "broken", "unweighted", "pickled", "untyped"):
+    torch.save(dict(enumerate(tensors.values())), folder / "numbered")
+    torch.save({name: p.to(torch.int8) for name, p in tensors.items()}, folder / "int8")
+    torch.save({name: p.to(torch.complex64) for name, p in tensors.items()}, folder / "complex")
+    for name in ("truncated", "broken", "unweighted", "pickled", "untyped", "inactive"):
         (folder / name).mkdir()
         config = (checkpoints / "cnn" / "config.json").read_text()
-        (folder / name / "config.json").write_text({"broken": "{", "untyped": "{}"}.get(name, config))
+        (folder / name / "config.json").write_text(
+            {"broken": "{", "untyped": "{}", "inactive": config.replace("relu", "rely")}.get(name, config)
+        )
     (folder / "truncated" / "model.safetensors").write_bytes(whole[:999])
     torch.save({"model": Malicious(folder)}, folder / "pickled" / "pytorch_model.bin")
     (folder / "run" / "model").mkdir(parents=True)
@@ -248,6 +253,10 @@ DAMAGES = [
     ("other", "unknown: extra"),
     ("reshaped", "stem.conv1.bias (5,) for (32,)"),
     ("nan", "NaN or infinite values in neck.0.bias"),
+    ("numbered", "is not a tensor: save model.state_dict() alone"),
+    ("int8", "integers where this model has weights"),
+    ("complex", "complex numbers in"),
+    ("inactive", "no model has such a configuration: 'rely'"),
     ("truncated", "not whole"),
     ("broken", "JSON"),
     ("untyped", "untyped"),

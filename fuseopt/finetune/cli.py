@@ -15,6 +15,11 @@ from fuseopt.finetune import folder, folds, report, resume, teacher, timing
 from fuseopt.finetune.options import PROG, parse
 from fuseopt.finetune.prepare import prepare
 
+OUT_OF_MEMORY = (
+    "not enough memory: lower --per_device_train_batch_size, --per_device_eval_batch_size, --image_size, --max_length, "
+    "--width or --depth, whichever applies"
+)
+
 
 def main(argv=None):
     """Parse, prepare, train, evaluate, write; returns the exit status (0, 1, 2 or 130)."""
@@ -29,6 +34,14 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         if _first_process():
             print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # torch on the CPU has no type of its own for it, and two ways to say it.
+        said = ("allocate memory", "not enough memory", "out of memory")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in said):
+            raise
+        if _first_process():
+            print(f"{PROG}: {OUT_OF_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if _first_process():

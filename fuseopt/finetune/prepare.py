@@ -87,10 +87,13 @@ def prepare(options, args, data=None, processor=None):
         run.trainer.check(args.max_steps)
     PartialState().wait_for_everyone()  # all have looked at the output folder before one writes
     if args.process_index == 0:
-        if checkpoint:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # the checkpoint may be in another folder
-        else:
-            folder.open_output(args.output_dir, run.resolved)
+        try:
+            if checkpoint:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # the checkpoint may be in another folder
+            else:
+                folder.open_output(args.output_dir, run.resolved)
+        except OSError as error:
+            raise OSError(f"--output_dir {args.output_dir}: cannot be written: {error.strerror or error}") from error
     PartialState().wait_for_everyone()
     return run
 
@@ -143,6 +146,8 @@ def _check_numbers(options, args):
     for name in ("verify", "compare_steps"):
         if getattr(options, name) < 0:
             raise ValueError(f"--{name} must be 0 or more, found {getattr(options, name)}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be at least 0 and less than 2**32, found {args.seed}")
     if options.threads < 1:
         raise ValueError(f"--threads must be 1 or more, found {options.threads}")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

@@ -14,7 +14,7 @@ from fuseopt.finetune import callbacks, data, folder
 from fuseopt.finetune.communication import set_hook
 from fuseopt.finetune.loss import compute_loss
 from fuseopt.finetune.optim import prunable, sparsity
-from fuseopt.finetune.schedule import make_scheduler
+from fuseopt.finetune.schedule import check_schedule, make_scheduler
 from fuseopt.finetune.timing import StepTimes
 
 
@@ -60,6 +60,7 @@ class FusedTrainer(Trainer):
                 raise ValueError(f"the --dataloader_ options: {error}") from error
         if not batches:
             raise ValueError("--dataloader_drop_last leaves no batch: the training set is smaller than one")
+        check_schedule(self.options, self.args, steps)
         name = f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"
         try:
             scheduler = self.create_scheduler(steps, torch.optim.SGD(groups, lr=self.args.learning_rate))
@@ -67,8 +68,6 @@ class FusedTrainer(Trainer):
                 for rate in getattr(scheduler, "lr_lambdas", []):
                     float(rate(step))
         except Exception as error:  # TypeError for an unknown keyword, anything for a bad value
-            if self.options.schedule is not None:
-                raise
             raise ValueError(f"{name} with --lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}: {error}") from error
         self.lr_scheduler, self._created_lr_scheduler = None, False
         return scheduler

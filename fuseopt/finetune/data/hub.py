@@ -4,7 +4,7 @@ import tempfile
 
 from fuseopt.finetune.data.images import from_pil
 from fuseopt.finetune.data.source import Source, label_text, refuse
-from fuseopt.finetune.data.texts import check_columns, text_row
+from fuseopt.finetune.data.texts import text_row
 
 SAVED = ("dataset_dict.json", "state.json")  # written by save_to_disk
 FILES = ("*.parquet", "*.arrow")
@@ -22,8 +22,9 @@ def hub_folder(path, where, options):
         import datasets
     except ImportError as error:
         raise ValueError(f"{where}: needs the package datasets: run pip install datasets") from error
-    shown = datasets.utils.are_progress_bars_disabled()
+    shown, level = datasets.utils.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would say what the error says
     try:
         with tempfile.TemporaryDirectory() as cache:  # all rows are read before it is removed
             try:
@@ -35,6 +36,7 @@ def hub_folder(path, where, options):
                 raise ValueError(f"{where}: not a readable data set: {error}") from error
             return _source(datasets, found, path, where, options)
     finally:
+        datasets.logging.set_verbosity(level)
         if not shown:
             datasets.enable_progress_bars()
 
@@ -56,7 +58,10 @@ def _source(datasets, found, path, where, options):
             f"{where}: no column {options.image_column!r} of images and no column {options.text_column!r}, "
             f"found {found}: name it with --image_column or --text_column"
         )
-    check_columns([*features, options.text_column], where, options)
+    if options.label_column not in features:
+        raise ValueError(
+            f"{where}: no column {options.label_column!r}, found {', '.join(features)}: name it with --label_column"
+        )
     names = getattr(features[options.label_column], "names", None)
     read = _images if kind == "image" else _texts
     rows = read(train, names, where, options)

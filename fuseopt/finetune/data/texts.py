@@ -6,6 +6,7 @@ import html
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -82,6 +83,7 @@ def embedded_sentences(options):
 def comma_separated(path, where, options):
     """A CSV file with a header, or with tabs where it ends in .tsv. Raises ValueError or OSError."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than the 131072 characters of its default
     reader = csv.reader(io.StringIO(_decoded(path, where), newline=""), strict=True, delimiter=delimiter)
     header, rows, problems = None, [], []
     while True:
@@ -111,6 +113,8 @@ def check_columns(fields, where, options):
         if (name := getattr(options, option)) not in fields:
             found = ", ".join(map(repr, fields)) or "none"
             raise ValueError(f"{where}: no column {name!r}, found {found}: name it with --{option}")
+        if list(fields).count(name) > 1:
+            raise ValueError(f"{where}: {list(fields).count(name)} columns are named {name!r}: rename the others")
     return fields
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from fuseopt.finetune.checks import without_effect
 from fuseopt.finetune.models import heads, lora, processors, source, weights
 from fuseopt.finetune.models.messages import first_sentence, quiet
 
@@ -95,6 +96,8 @@ def start(options, data, new_processor):
             chosen = heads.matching(model, options.reinit, "--reinit")
             heads.initialise(model, chosen, options.head_init)
             new |= chosen
+        if not new:
+            without_effect(options, ["head_init"], ModelOptions, "where the head is kept, without --reinit")
         text = _describe(found, model, new)
         if options.lora_rank:
             model = lora.wrap(model, options, new | head)
@@ -110,8 +113,8 @@ def _check(options):
             raise ValueError(f"--{name} must be at least 0 and less than 1, found {value}")
     if options.lora_rank < 0:
         raise ValueError(f"--lora_rank must be 0 or more, found {options.lora_rank}")
-    if not options.lora_rank and options.lora_targets:
-        raise ValueError(f"--lora_targets {' '.join(options.lora_targets)} without --lora_rank")
+    if not options.lora_rank:
+        without_effect(options, ["lora_alpha", "lora_dropout", "lora_targets"], ModelOptions, "without --lora_rank")
     if options.lora_rank and options.reinit:
         raise ValueError("--lora_rank with --reinit: LoRA freezes these layers, they would stay random")
 
@@ -124,8 +127,10 @@ def _model(found, options, data):
             raise ValueError(f"{name} needs a checkpoint, this model starts from random weights: give --pretrained")
     names = heads.kept_names(options.head, found.names, data, found) if found.has_weights else None
     heads.set_names(config, names or data.names)
-    shape = heads.skeleton(auto, config)
-    head = heads.head_of(auto, config)
+    try:
+        shape, head = heads.skeleton(auto, config), heads.head_of(auto, config)
+    except Exception as error:  # whatever a model makes of a configuration that cannot be
+        raise ValueError(f"{found}: no model has such a configuration: {first_sentence(error)}") from error
     if not found.has_weights:
         model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
         heads.initialise(model, head, options.head_init)

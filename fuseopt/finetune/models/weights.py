@@ -44,9 +44,11 @@ def _state_dict(content, option):
             content = content[key]
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{option}: holds a {type(content).__name__}, not a state dict of tensors")
-    strange = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    strange = [str(name) for name, value in content.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     if strange:
         raise ValueError(f"{option}: {_some(strange)} is not a tensor: save model.state_dict() alone")
+    if complex_ := [name for name, value in content.items() if value.is_complex()]:
+        raise ValueError(f"{option}: complex numbers in {_some(complex_)}, no model here has such weights")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return dict(content)
@@ -79,10 +81,18 @@ def load(model_class, config, source, head, keep):
         raise ValueError(f"{source}: its weights cannot be read: {first_sentence(error)}") from error
     new = _judge(model, info, source, head, keep)
     state = model.state_dict()
+    whole = [n for n, p in (source.tensors or {}).items() if n in state and n not in new and _is_cast(p, state[n])]
+    if whole:
+        raise ValueError(f"{source}: integers where this model has weights, as of a quantised one: {_some(whole)}")
     broken = [n for n, p in state.items() if n not in new and p.is_floating_point() and not p.isfinite().all()]
     if broken:
         raise ValueError(f"{source}: NaN or infinite values in {_some(broken)}")
     return model, new
+
+
+def _is_cast(found, needed):
+    """Whether integers were taken for floating numbers, without the scale that would make them so."""
+    return needed.is_floating_point() and not found.is_floating_point()
 
 
 def _judge(model, info, source, head, keep):
