@@ -3,6 +3,7 @@
 import copy
 import json
 import types
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +14,10 @@ for extra in ("transformers", "accelerate", "sklearn", "matplotlib", "safetensor
 import matplotlib.pyplot as plt
 import numpy as np
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainerState
 
 import fuseopt
-from fuseopt.finetune import cli, folds, measure, plot, report, timing
+from fuseopt.finetune import callbacks, cli, folds, measure, plot, report, timing
 from fuseopt.finetune import data as sets
 from fuseopt.finetune.options import parse
 
@@ -310,6 +311,14 @@ def test_a_logarithmic_loss_has_plain_numbers(tmp_path, figures):
     plot.draw(run, results, tmp_path / "plot.png")
     labels = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
     assert "0.01" in labels and not any("$" in label for label in labels)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    args, state = types.SimpleNamespace(output_dir=str(tmp_path)), TrainerState()
+    with pytest.raises(OSError, match=f"--output_dir {tmp_path}: log.txt cannot be written: No space left"):
+        callbacks.Log("head").on_train_begin(args, state, None)
 
 
 # ---- several runs ----------------------------------------------------------------------------------

@@ -101,6 +101,10 @@ class Log(TrainerCallback):
         self._write(args, state, f"step {state.global_step}  epoch {state.epoch or 0:.2f}  {'  '.join(numbers)}")
 
     def _write(self, args, state, *lines):
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        try:
             with open(Path(args.output_dir) / "log.txt", "a", encoding="utf-8") as file:
                 file.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in lines)
+        except OSError as error:  # a full disk names no file
+            raise OSError(f"--output_dir {args.output_dir}: log.txt cannot be written: {error.strerror}") from error

@@ -127,7 +127,7 @@ class FusedTrainer(Trainer):
                 folder.move(scratch / name, output_dir / name)
                 rotate_checkpoints(str(output_dir), self.args.save_total_limit)
         except Exception as error:
-            raise OSError(f"--output_dir {output_dir}: {name} cannot be written: {error}") from error
+            raise OSError(f"--output_dir {output_dir}: {name} cannot be written, is the disk full? {error}") from error
         finally:
             self.args.output_dir = str(output_dir)
             if self.args.should_save:
