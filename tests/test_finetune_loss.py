@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,11 @@ from transformers import TrainingArguments
 
 from fuseopt.__main__ import main
 from fuseopt.finetune.communication import CommunicationOptions, check_communication
-from fuseopt.finetune.data import load
+from fuseopt.finetune.data import Pixels, load
 from fuseopt.finetune.loss import LossOptions, check_loss, compute_loss, ready_teacher
 from fuseopt.finetune.models import EMBEDDED
 from fuseopt.finetune.options import parse
+from fuseopt.finetune.prepare import prepare
 from fuseopt.finetune.schedule import ScheduleOptions, make_scheduler
 from fuseopt.finetune.teacher import load as load_teacher
 
@@ -92,9 +94,28 @@ def test_distillation_and_smoothing_follow_the_formula():
 def test_the_teacher_is_what_its_folder_holds(words):
     """What begins anew or is adapted is the student's."""
     options, _ = parse(["--teacher", str(EMBEDDED), "--classes", *"01234", *words.split()])
-    state = load_teacher(options, load(options, 0)).model.state_dict()
+    state = load_teacher(options, load(options, 0), None).model.state_dict()
     saved = load_file(EMBEDDED / "model.safetensors")
     assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+
+
+def test_a_teacher_sees_what_it_was_trained_on(tmp_path):
+    with pytest.raises(ValueError, match="this is a file: give the folder"):
+        prepared(tmp_path, EMBEDDED / "model.safetensors")
+    folder = shutil.copytree(EMBEDDED, tmp_path / "teacher")
+    assert prepared(tmp_path, folder).processor.mean == Pixels.from_pretrained(folder).mean
+    settings = folder / "preprocessor_config.json"
+    mean = json.loads(settings.read_text())["image_mean"]
+    settings.write_text(settings.read_text().replace(str(mean[0]), "0.9"))
+    with pytest.raises(ValueError, match="--teacher: its image sizes, means and deviations are not those"):
+        prepared(tmp_path, folder, "--pretrained", EMBEDDED)
+    settings.unlink()
+    assert prepared(tmp_path, folder).trainer.teacher  # of the normalisation that the run fits
+
+
+def prepared(tmp_path, folder, *more):
+    words = ["--teacher", folder, "--classes", *"01234", "--output_dir", tmp_path / "run", "--overwrite", *more]
+    return prepare(*parse([*map(str, words)]))
 
 
 def test_the_teacher_neither_learns_nor_drops_out():

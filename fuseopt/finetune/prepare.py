@@ -100,7 +100,7 @@ def prepare(options, args, data=None, processor=None):
 
 def _run(options, args, data, new_processor, checkpoint):
     """The parts of the run, each made and checked in turn."""
-    teacher_start = teacher.load(options, data)
+    teacher_start = teacher.load(options, data, new_processor)
     start = models.start(options, data, lambda: teacher_start.processor if teacher_start else new_processor())
     model = start.model.to(args.device)
     teacher.check_scale(options, model)

@@ -14,24 +14,37 @@ from fuseopt.finetune.optim import StageOptions
 FOLDER = "teacher"  # of the output folder
 
 
-def load(options, data):
-    """The Start of --teacher, or None where none is asked for. Leaves the random numbers alone."""
+def load(options, data, new_processor):
+    """The Start of --teacher, or None where none is asked for. Leaves the random numbers alone.
+
+    new_processor: as models.start takes it, for a folder without a processor. Raises ValueError.
+    """
     if not options.teacher:
         return None
+    if Path(options.teacher).is_file():
+        raise ValueError(f"--teacher {options.teacher}: this is a file: give the folder that it is in")
     chosen = dataclasses.replace(_plain(options), model=None, pretrained=options.teacher, head="keep")
     chosen = dataclasses.replace(chosen, depth=None, width=None, activation=None, dropout=None)
     with torch.random.fork_rng():
         try:
-            return models.start(chosen, data, lambda: None)
+            return models.start(chosen, data, new_processor)
         except ValueError as error:
             raise ValueError(str(error).replace("--pretrained", "--teacher")) from error
 
 
 def ready(teacher, run, option="--teacher"):
     """The teacher's model, checked against a batch of the run; raises ValueError where it does not fit."""
+    if _inputs(teacher.processor) != _inputs(run.processor):
+        kind = "tokens" if run.data.kind == "text" else "image sizes, means and deviations"
+        raise ValueError(f"{option}: its {kind} are not those of the model, which must be the same")
     rows = [run.trainer.train_dataset[k] for k in range(2)]
     batch = run.trainer.data_collator(rows)
     return ready_teacher(teacher.model, run.model, batch, run.data.names, option)
+
+
+def _inputs(processor):
+    """What decides the inputs that a processor makes."""
+    return processor.get_vocab() if hasattr(processor, "get_vocab") else (processor.mean, processor.std, processor.size)
 
 
 def check_scale(options, model):
@@ -54,7 +67,7 @@ def train(run, train_once):
         with torch.random.fork_rng():
             train_once(options, args, run.data, run.processor)
     options = dataclasses.replace(options, teacher=str(folder / "model"))
-    return ready(load(options, run.data), run, "--teacher_scale")
+    return ready(load(options, run.data, lambda: run.processor), run, "--teacher_scale")
 
 
 def _finished(folder):
