@@ -183,6 +183,26 @@ def test_a_real_interrupt_of_a_real_process(tmp_path):
     same_bits(folder, tmp_path / "straight", ["model"])
 
 
+def test_a_run_that_fails_gives_ctrl_c_back(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(callbacks.Log, "on_log", full)
+    assert finetune(tmp_path / "run") == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupted_fold_names_its_checkpoint(tmp_path, monkeypatch, capsys):
+    def interrupt(self, args, state, control, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(callbacks.Interruption, "on_step_begin", interrupt)
+    assert finetune(tmp_path, "--folds", 2) == 130
+    line = capsys.readouterr().err
+    assert "fold-1" in line and "checkpoint-1;" in line and "--resume_from_checkpoint" in line
+
+
 def test_a_failed_verification_is_the_exit_status(tmp_path, monkeypatch, capsys):
     class Failed:
         passed, rows, steps = False, [], 1

@@ -340,6 +340,15 @@ def test_interrupted_folds_go_on(tmp_path, monkeypatch):
     assert [call[3:] for call in calls] == [("last", False), (None, True), (None, True)]
 
 
+def test_overwrite_leaves_nothing_of_the_folds_before(tmp_path):
+    for name in ("fold-3", "share-0.50", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").touch()
+    options, args = parse(["--folds", "2", "--output_dir", str(tmp_path), "--overwrite"])
+    assert folds.cross_validate(options, args, fake_train([])) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"folds.json", "folds.txt", "confusion.png", "mine"}
+
+
 def test_a_failed_verification_of_one_fold_is_the_exit_status(tmp_path):
     options, args = parse(["--folds", "2", "--output_dir", str(tmp_path)])
     assert folds.cross_validate(options, args, fake_train([], passed=False)) == 1

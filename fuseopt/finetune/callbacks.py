@@ -35,8 +35,11 @@ class Interruption(TrainerCallback):
 
     requested = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def __enter__(self):
         self.previous = signal.signal(signal.SIGINT, self._request)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
 
     def _request(self, *_):
         self.requested = True
@@ -55,9 +58,6 @@ class Interruption(TrainerCallback):
         if self.requested:
             control.should_save = True
             control.should_evaluate = control.should_evaluate and state.epoch == round(state.epoch)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)
 
 
 class EvaluateBeforePruning(TrainerCallback):

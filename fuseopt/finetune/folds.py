@@ -16,6 +16,8 @@ from fuseopt.finetune.report import LABELS, confusion_text, used
 from fuseopt.finetune.resume import last_checkpoint
 from fuseopt.finetune.table import decimals, percent, table
 
+OUTPUTS = ("fold-[0-9]*", "folds.*", "confusion.png", "share-[0-9]*", "learning_curve.*")
+
 
 @dataclass
 class FoldsOptions:
@@ -85,14 +87,9 @@ def _open(options, args):
     path, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted not in (None, "last"):
         raise ValueError(f"--resume_from_checkpoint {wanted}: with several runs give it without a folder")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {path}: this is a file, not a folder")
-    if path.exists() and any(path.iterdir()) and not (options.overwrite or wanted):
-        raise ValueError(
-            f"--output_dir {path} is not empty: pass --resume_from_checkpoint to continue the runs in it, or "
-            "--overwrite to replace them"
-        )
-    path.mkdir(parents=True, exist_ok=True)
+    folder.refuse_used(path, options.overwrite or wanted, "--resume_from_checkpoint to continue the runs in it")
+    if args.process_index == 0:
+        folder.clear(path, [] if wanted else OUTPUTS)
 
 
 def part_of(options, args, name):

@@ -26,7 +26,7 @@ from fuseopt.finetune import cli, plot
 from fuseopt.finetune import data as sets
 from fuseopt.finetune import options as finetune_options
 from fuseopt.finetune import space as spaces
-from fuseopt.finetune.folder import write_all
+from fuseopt.finetune.folder import clear, refuse_used, write_all
 from fuseopt.finetune.report import used
 from fuseopt.finetune.resume import last_checkpoint
 from fuseopt.finetune.table import decimals, table
@@ -41,6 +41,7 @@ trial that fails is recorded and the search goes on. The same command finds the 
 Exit status: 0 done, 1 every trial failed, 2 bad input, 130 interrupted (continue with --continue).
 """
 JOURNAL = "search.journal"
+OUTPUTS = (JOURNAL, "trial-[0-9]*", "trials.*", "best.yaml")
 MAXIMISED = {"accuracy": True, "macro_f1": True, "loss": False}
 FAILURES = (ValueError, OSError, RuntimeError)  # bad values together, a full disk, out of memory
 
@@ -138,17 +139,13 @@ def _study(search, overwrite):
     """The optuna study in the output folder, new or continued."""
     folder, settings = search.output_dir, search.settings
     journal = folder / JOURNAL
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder}: this is a file, not a folder")
+    refuse_used(folder, settings.again or overwrite, "--continue to go on")
     if settings.again and not journal.is_file():
         raise ValueError(f"--continue: there is no search in {folder}, no {JOURNAL}")
-    if folder.exists() and any(folder.iterdir()) and not (settings.again or overwrite):
-        raise ValueError(f"--output_dir {folder} is not empty: pass --continue to go on, or --overwrite to replace")
     if settings.again:
         _drop_torn_line(journal)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        journal.unlink(missing_ok=True)
+        clear(folder, OUTPUTS)
     common = {k: v for k, v in spaces.given(search.argv).items() if k not in ("output_dir", "overwrite")}
     same = {"space": sorted(settings.space), "options": common, "score": settings.score}
     same = json.loads(json.dumps(same | {"validation_share": settings.validation_share}))

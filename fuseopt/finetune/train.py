@@ -88,7 +88,8 @@ class FusedTrainer(Trainer):
             if state.global_step >= self.args.max_steps:
                 self.state = state
                 return None
-        return super().train(resume_from_checkpoint)
+        with self._interruption:
+            return super().train(resume_from_checkpoint)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:
