@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from fuseopt.finetune.optim import prunable
+from fuseopt.finetune.stages import prunable
 from fuseopt.finetune.timing import StepTimes
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from fuseopt.finetune.optim import prunable
+from fuseopt.finetune.stages import prunable
 from fuseopt.stages import ema
 
 TORCH_CLASSES = {

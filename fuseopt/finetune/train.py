@@ -13,8 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from fuseopt.finetune import callbacks, data, folder
 from fuseopt.finetune.communication import set_hook
 from fuseopt.finetune.loss import compute_loss
-from fuseopt.finetune.optim import prunable, sparsity
 from fuseopt.finetune.schedule import make_scheduler
+from fuseopt.finetune.stages import prunable, sparsity
 from fuseopt.finetune.timing import StepTimes
 
 
