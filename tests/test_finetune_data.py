@@ -331,7 +331,7 @@ def test_folds_cover_every_row_once():
 
 @pytest.mark.parametrize("k", [1, 175])
 def test_folds_that_cannot_be(k):
-    with pytest.raises(ValueError, match=f"--folds must be from 2 to 174, .*, found {k}"):
+    with pytest.raises(ValueError, match=f"--folds {k}: must be from 2 to 174"):
         folds(load(DataOptions(), 0), k, 0)
 
 
@@ -343,8 +343,6 @@ def test_shares_are_nested_and_stratified():
     count = np.bincount(labels(data.train))
     assert np.array_equal(np.bincount(labels(half.train)), np.ceil(count / 2))
     assert small.test is data.test
-    with pytest.raises(ValueError, match="--learning_curve .* found 0"):
-        shares(data, [0.5, 0], 0)
 
 
 # ---- processors

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 
 import fuseopt.verify
+from fuseopt.finetune.stages import pruning
 
 
 class Verification(TrainerCallback):
@@ -64,8 +65,8 @@ class EvaluateBeforePruning(TrainerCallback):
     """Asks for an evaluation just before the first step that prunes."""
 
     def __init__(self, optimizer):
-        prunes = [group["prune"] for group in optimizer.param_groups if group.get("prune") is not None]
-        self.last_dense_step = min(prune["begin"] for prune in prunes) - 1 if prunes else None
+        prune = pruning(optimizer)
+        self.last_dense_step = prune["begin"] - 1 if prune else None
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.last_dense_step:

@@ -60,19 +60,25 @@ def clear(folder, patterns):
 def open_output(folder, resolved):
     """Clear the output folder for a fresh run, and write its options there."""
     clear(Path(folder), (*OUTPUTS, "checkpoint-[0-9]*"))
-    write_all(folder, {CONFIG_FILE: lambda path: path.write_text(yaml.safe_dump(resolved, sort_keys=False))})
+    write_all(folder, {CONFIG_FILE: yaml.safe_dump(resolved, sort_keys=False)})
 
 
 def write_all(folder, writers):
     """Write files or folders under temporary names, then rename them all: a failure leaves none of them changed.
 
-    writers: {name: function that writes to the path it is given}. Raises what a writer raises.
+    writers: {name: the text of the file, or a function that writes to the path it is given}. Raises what one raises.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         for name, write in writers.items():
-            write(Path(scratch) / name)
+            path = Path(scratch) / name
+            write(path) if callable(write) else path.write_text(write, encoding="utf-8")
         for name in writers:
             move(Path(scratch) / name, Path(folder) / name)
+
+
+def as_json(content):
+    """The text of a JSON file."""
+    return json.dumps(content, indent=1) + "\n"
 
 
 def move(source, target):

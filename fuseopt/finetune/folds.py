@@ -5,7 +5,6 @@ continue from it, and those that have none start.
 """
 
 import copy
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +45,6 @@ def cross_validate(options, args, train_once):
 
     train_once: function (options, args, data) -> what metrics.json holds. Raises ValueError and OSError.
     """
-    if options.folds < 2:
-        raise ValueError(f"--folds {options.folds}: must be 2 or more, or 0 for one run")
     if options.learning_curve:
         raise ValueError("--folds and --learning_curve: choose one of them")
     parts = sets.folds(sets.load(options, args.seed), options.folds, args.seed)
@@ -119,8 +116,8 @@ def _write_folds(output_dir, metrics, parts):
     whole = f"{text}\n\nall folds together, {LABELS[chosen]}\n\n{confusion_text(pooled, names)}\n"
     content = {"scores": scores, "mean": means, "standard_deviation": spread, "confusion": pooled, "classes": names}
     writers = {
-        "folds.json": lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"),
-        "folds.txt": lambda path: path.write_text(whole, encoding="utf-8"),
+        "folds.json": folder.as_json(content),
+        "folds.txt": whole,
         "confusion.png": lambda path: plot.confusion(pooled, names, "Confusions of all folds together", path),
     }
     folder.write_all(output_dir, writers)
@@ -143,8 +140,8 @@ def _write_curve(output_dir, metrics, parts):
     text = "\n".join(table(("run", "training rows", "accuracy", "macro F1", "loss"), rows))
     curve = [(point["rows"], point["accuracy"]) for point in points]
     writers = {
-        "learning_curve.json": lambda path: path.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8"),
-        "learning_curve.txt": lambda path: path.write_text(text + "\n", encoding="utf-8"),
+        "learning_curve.json": folder.as_json(points),
+        "learning_curve.txt": text + "\n",
         "learning_curve.png": lambda path: plot.learning_curve(curve, path),
     }
     folder.write_all(output_dir, writers)

@@ -19,14 +19,14 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from sklearn.model_selection import train_test_split
 from transformers.utils import logging as transformers_logging
 
 from fuseopt.finetune import cli, plot
 from fuseopt.finetune import data as sets
 from fuseopt.finetune import options as finetune_options
 from fuseopt.finetune import space as spaces
-from fuseopt.finetune.folder import clear, refuse_used, write_all
+from fuseopt.finetune.checks import in_range
+from fuseopt.finetune.folder import as_json, clear, refuse_used, write_all
 from fuseopt.finetune.report import used
 from fuseopt.finetune.resume import last_checkpoint
 from fuseopt.finetune.table import decimals, table
@@ -110,10 +110,8 @@ def _refuse(message):
 def prepare(argv):
     """Everything that can be wrong is found here, before anything is written. Raises ValueError, OSError."""
     settings, rest = _parser().parse_known_args(argv)
-    if settings.trials < 1:
-        raise ValueError(f"--trials {settings.trials}: must be 1 or more")
-    if not 0 < settings.validation_share < 1:
-        raise ValueError(f"--validation_share {settings.validation_share:g}: must be between 0 and 1")
+    in_range("trials", settings.trials, 1)
+    in_range("validation_share", settings.validation_share, 0, 1, open_low=True)
     space = spaces.read(settings.space)
     if not any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in rest):
         rest += ["--output_dir", "runs/search"]
@@ -176,11 +174,8 @@ def _drop_torn_line(journal):
 
 def held_out(data, share, seed):
     """The data of a trial: a stratified part of the training rows in place of the test rows."""
-    labels = [row["labels"] for row in data.train]
-    try:
-        train, validation = train_test_split(data.train, test_size=share, stratify=labels, random_state=seed)
-    except ValueError as error:  # sklearn's: a class of one row, or a part with fewer rows than classes
-        raise ValueError(f"--validation_share {share:g} of {len(labels)} training rows: {error}") from error
+    parts = sets.split([row["labels"] for row in data.train], share, seed, "--validation_share")
+    train, validation = ([data.train[i] for i in part] for part in parts)
     text = f"{data.description}; of the training rows {len(validation)} are kept out to score {len(train)}"
     return dataclasses.replace(data, train=train, test=validation, description=text)
 
@@ -312,9 +307,9 @@ def _write(search):
     }
     head = f"# trial {best.number} of fuseopt search: {name} {best.value:.4f} on rows kept out of the training rows\n"
     writers = {
-        "best.yaml": lambda path: path.write_text(head + yaml.safe_dump(_best(search)), encoding="utf-8"),
-        "trials.txt": lambda path: path.write_text("\n".join(_table(search)) + "\n", encoding="utf-8"),
-        "trials.json": lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"),
+        "best.yaml": head + yaml.safe_dump(_best(search)),
+        "trials.txt": "\n".join(_table(search)) + "\n",
+        "trials.json": as_json(content),
         "trials.png": lambda path: plot.trials(scores, best.number, name, parameters, path),
     }
     write_all(search.output_dir, writers)

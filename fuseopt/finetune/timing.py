@@ -10,16 +10,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from fuseopt.finetune.optim import TORCH_CLASSES
 from fuseopt.finetune.stages import prunable
 from fuseopt.stages import ema
 
-TORCH_CLASSES = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-    "nadam": torch.optim.NAdam,
-    "adagrad": torch.optim.Adagrad,
-}
 CHECKED_STEPS = 3
 TOLERANCE = 1e-2  # of the learning rate: how far the two may be apart after CHECKED_STEPS
 WARMUP_STEPS = 20
@@ -134,7 +128,7 @@ def _reason_to_skip(run):
         return "--compare_steps 0"
     if options.optimizer.startswith("torch-"):
         return f"--optimizer {options.optimizer} is torch's own already"
-    if options.optimizer not in TORCH_CLASSES:
+    if f"torch-{options.optimizer}" not in TORCH_CLASSES:
         return f"torch has no {options.optimizer}"
     if run.args.world_size > 1:
         return "several processes"
@@ -198,7 +192,7 @@ class Recipe:
         self.max_grad_norm = self.groups[0]["max_grad_norm"]
         self.masks = [(p, source.prune_mask(p)) for p in prunable(source)]
         self.masks = [(p, mask) for p, mask in self.masks if mask is not None]
-        self.kind = TORCH_CLASSES[run.options.optimizer]
+        self.kind = TORCH_CLASSES[f"torch-{run.options.optimizer}"]
         self.torch_decouples = "decoupled_weight_decay" in inspect.signature(self.kind).parameters
         self.optimizer = self._torch_optimizer(source)
         self.averages, self.steps = _averages(source, self.free), self.groups[0]["steps"]

@@ -99,7 +99,7 @@ def load(options, seed):
     if source.kind == "image":
         rows, test = _same_shape(rows, test, source.scale, f"--data {options.data}", where)
     if test is None:
-        chosen = split([label for _, label, _ in rows], options.test_share, seed)
+        chosen = split([label for _, label, _ in rows], options.test_share, seed, "--test_share")
         rows, test = ([rows[i] for i in part] for part in chosen)
     if options.augment and source.kind == "text":
         raise ValueError(f"--augment {' '.join(options.augment)}: for images only, --data {options.data} has texts")
