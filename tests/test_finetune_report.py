@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 import fuseopt
-from fuseopt.finetune import cli, folds, measure, plot, report, timing
+from fuseopt.finetune import callbacks, cli, folds, measure, plot, report, timing
 from fuseopt.finetune import data as sets
 from fuseopt.finetune.options import parse
 
@@ -128,7 +128,7 @@ def test_a_frozen_entry_that_changed_only_its_sign_counts():
 def test_step_times(monkeypatch):
     clock = iter([0.0, *(base + part for base in (1.0, 2.0, 3.0) for part in (0.0, 0.1, 0.15, 0.4 * base)), 9.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    times, args = timing.StepTimes(), types.SimpleNamespace(device=torch.device("cpu"))
+    times, args = callbacks.StepTimes(), types.SimpleNamespace(device=torch.device("cpu"))
     assert times.summary()["train_step_ms"] is None
     times.on_train_begin(args, None, None)
     for _ in range(3):

@@ -15,7 +15,6 @@ from fuseopt.finetune.communication import set_hook
 from fuseopt.finetune.loss import compute_loss
 from fuseopt.finetune.schedule import make_scheduler
 from fuseopt.finetune.stages import prunable, sparsity
-from fuseopt.finetune.timing import StepTimes
 
 
 class FusedTrainer(Trainer):
@@ -23,7 +22,7 @@ class FusedTrainer(Trainer):
 
     def __init__(self, run):
         self.fused, self.options, self.teacher = run.optimizer, run.options, None
-        self.step_times = StepTimes()
+        self.step_times = callbacks.StepTimes()
         self._verification = callbacks.Verification(run.optimizer, run.options.verify)
         self._interruption = callbacks.Interruption()
         before_pruning = callbacks.EvaluateBeforePruning(run.optimizer)
