@@ -35,7 +35,7 @@ RUNS = {
     "small": {"images": "--pretrained none --width 8", "sentences": "--width 8"},
     "small, distilled": {
         "images": "--pretrained none --width 8 --teacher_scale 4",
-        "sentences": "--width 8 --teacher_scale 8",
+        "sentences": "--width 16 --teacher_scale 4",
     },
     "90% pruned": PRUNED,
     "2:4": {task: f"{options} --prune_pattern 2:4".replace("--sparsity 0.9", "") for task, options in PRUNED.items()},

@@ -1,5 +1,11 @@
-"""What test_finetune_loss.py starts with torchrun: the same short training with each --compress, weights to a file."""
+"""What test_finetune_distributed.py starts with torchrun, once, because starting takes longer than all of it.
 
+The same short training with each --compress, weights to a file; then commands of `fuseopt finetune`: a run, the same
+run resumed, and one that is refused.
+"""
+
+import contextlib
+import os
 import sys
 import tempfile
 
@@ -8,10 +14,24 @@ from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
+from fuseopt.__main__ import main as fuseopt
 from fuseopt.finetune.communication import CommunicationOptions, check_communication, set_hook
 from fuseopt.finetune.loss import LossOptions, compute_loss
 
 CALLS = {"none": 0}
+
+# Without dropout, whose random numbers differ between processes; a number of rows that two processes share evenly
+# in each batch but the last.
+OPTIONS = (
+    "finetune --classes 5 6 7 8 9 --dropout 0 --freeze stem.* --average ema --sparsity 0.5 --learning_rate 0.002 "
+    "--max_steps 12 --save_strategy steps --save_steps 6 --eval_strategy steps --eval_steps 6 --verify 6 "
+    "--logging_steps 6 --disable_tqdm true"
+).split()
+COMMANDS = {  # {folder: (options, exit status)}
+    "run": ([], 0),
+    "resumed": (["--resume_from_checkpoint", "run/checkpoint-6"], 0),
+    "refused": (["--sparsity", "2"], 2),
+}
 
 
 def counted(module, name, key):
@@ -80,8 +100,7 @@ def weights(made):
     return {name: p.detach().clone() for name, p in made.model.named_parameters()}
 
 
-def main(path):
-    torch.set_num_threads(1)
+def compress_all(path):
     counted(default_hooks, "fp16_compress_hook", "fp16")
     counted(default_hooks, "bf16_compress_hook", "bf16")
     counted(powerSGD_hook, "powerSGD_hook", "powersgd")
@@ -92,6 +111,17 @@ def main(path):
         found[f"{compress} calls"] = torch.tensor(CALLS[compress])
     if torch.distributed.get_rank() == 0:
         save_file(found, path)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    compress_all("compressed.safetensors")
+    rank = torch.distributed.get_rank()
+    for name, (options, status) in COMMANDS.items():
+        with open(f"{name}-{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+            with contextlib.redirect_stderr(file):
+                assert fuseopt([*OPTIONS, "--output_dir", name, *options]) == status
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

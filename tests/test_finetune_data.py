@@ -243,12 +243,12 @@ BAD = [
     (lambda d: d, {}, "nothing known in this folder"),
     (lambda d: "digits", {"classes": ["5", "x"]}, "--classes x: unknown, --data digits has 0, 1, 2, 3, 4 and 5 more"),
     (lambda d: "digits", {"classes": ["5"]}, "at least two classes are needed, found only 5"),
-    (lambda d: "digits", {"test_share": 0.0}, "--test_share must be between 0 and 1, found 0.0"),
+    (lambda d: "digits", {"test_share": 0.0}, "--test_share 0.0: must be in (0, 1)"),
     (lambda d: "digits", {"test_share": 1e-4}, "--test_share 0.0001 of 1797 rows"),
-    (lambda d: "digits", {"image_size": 3}, "--image_size must be 4 or more, found 3"),
+    (lambda d: "digits", {"image_size": 3}, "--image_size 3: must be"),
     (lambda d: "digits", {"augment": ["shift", "zoom"]}, "--augment zoom: unknown, choose from shift, flip"),
     (lambda d: "sentences", {"augment": ["flip"]}, "--augment flip: for images only"),
-    (lambda d: "sentences", {"max_length": 0}, "--max_length must be 1 or more, found 0"),
+    (lambda d: "sentences", {"max_length": 0}, "--max_length 0: must be"),
     (lambda d: "sentences", {"test_data": "digits"}, "--test_data digits: images, but --data has texts"),
     # arrays
     (lambda d: write_lines(d, "x.npz", "no zip"), {}, "not a readable .npz"),
@@ -341,7 +341,7 @@ def test_folds_cover_every_row_once():
 
 @pytest.mark.parametrize("k", [1, 175])
 def test_folds_that_cannot_be(k):
-    with pytest.raises(ValueError, match=f"--folds must be from 2 to 174, .*, found {k}"):
+    with pytest.raises(ValueError, match=f"--folds {k}: must be from 2 to 174"):
         folds(load(DataOptions(), 0), k, 0)
 
 
@@ -353,8 +353,6 @@ def test_shares_are_nested_and_stratified():
     count = np.bincount(labels(data.train))
     assert np.array_equal(np.bincount(labels(half.train)), np.ceil(count / 2))
     assert small.test is data.test
-    with pytest.raises(ValueError, match="--learning_curve .* found 0"):
-        shares(data, [0.5, 0], 0)
 
 
 # ---- processors

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 from fuseopt.finetune.data import Pixels
+from fuseopt.finetune.folder import write_all
 from fuseopt.finetune.models import save
 
 
@@ -142,7 +143,7 @@ def test_saved_and_loaded_gives_the_same_bits(checkpoints, tmp_path, kind):
 
 def test_a_folder_is_saved_whole_or_not_at_all(tmp_path):
     begun = begin(images())
-    save(begun.model, begun.processor, tmp_path / "model")
+    write_all(tmp_path, {"model": lambda path: save(begun.model, begun.processor, path)})
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
 
     class Broken:
@@ -151,10 +152,10 @@ def test_a_folder_is_saved_whole_or_not_at_all(tmp_path):
 
     for folder in ("model", "other"):
         with pytest.raises(OSError, match="No space"):
-            save(begin(images("ab")).model, Broken(), tmp_path / folder)
+            write_all(tmp_path, {folder: lambda path: save(begin(images("ab")).model, Broken(), path)})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    save(begin(images("ab")).model, begun.processor, tmp_path / "model")
+    write_all(tmp_path, {"model": lambda path: save(begin(images("ab")).model, begun.processor, path)})
     assert json.loads((tmp_path / "model/config.json").read_text())["id2label"] == {"0": "a", "1": "b"}
 
 

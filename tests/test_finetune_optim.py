@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import fuseopt
-from fuseopt.finetune import optim
+from fuseopt.finetune import optim, stages
 from fuseopt.finetune.layers import factors
 
 STEPS = 20
@@ -27,7 +27,7 @@ def args(tmp_path):
 
 def chosen(**values):
     """The options with their defaults, but for `values`."""
-    options = vars(optim.OptimizerOptions()) | vars(optim.StageOptions())
+    options = vars(optim.OptimizerOptions()) | vars(stages.StageOptions())
     assert values.keys() <= options.keys()
     return SimpleNamespace(**options | values)
 
@@ -216,7 +216,7 @@ def test_frozen_parameters_keep_their_bits(by, args):
     assert frozen() == names
     with optimizer.swap_ema():
         assert frozen() == names
-    assert model.stem.weight not in set(optim.prunable(optimizer))
+    assert model.stem.weight not in set(stages.prunable(optimizer))
     inside = {p for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if name in names:
@@ -275,20 +275,20 @@ def test_ema_follows_its_formula(args):
 def pruned(args, **values):
     model, optimizer = made(args, average="ema", **values)
     history = []
-    train(model, optimizer, after=lambda: history.append(optim.sparsity(optim.prunable(optimizer))))
+    train(model, optimizer, after=lambda: history.append(stages.sparsity(stages.prunable(optimizer))))
     return model, optimizer, history
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_sparsity_is_reached_where_asked(scope, args):
     model, optimizer, history = pruned(args, sparsity=0.75, prune_scope=scope, prune_every=2)
-    entries = [p.numel() for p in optim.prunable(optimizer)]
+    entries = [p.numel() for p in stages.prunable(optimizer)]
     assert entries == [36, 192, 48]
     assert history[4] == 0 < history[6] and history[13] < history[14] == history[-1] == 0.75  # from 5 to 15 of 20
-    shares = [optim.sparsity([p]) for p in optim.prunable(optimizer)]
+    shares = [stages.sparsity([p]) for p in stages.prunable(optimizer)]
     assert (shares == [0.75] * 3) == (scope == "tensor")
     with optimizer.swap_ema():
-        assert optim.sparsity(optim.prunable(optimizer)) == 0.75
+        assert stages.sparsity(stages.prunable(optimizer)) == 0.75
 
 
 def test_schedules_differ_as_they_say(args):
@@ -307,7 +307,7 @@ def test_rows_and_2_4(args):
     rows = (model.neck.weight == 0).sum(1)
     assert sorted(rows.tolist()) == [0] * 6 + [16] * 6
     model, optimizer, _ = pruned(args, prune_pattern="2:4", prune_begin=4)
-    assert fuseopt.check_n_m(optimizer) and optim.sparsity([model.head.weight, model.neck.weight]) == 0.5
+    assert fuseopt.check_n_m(optimizer) and stages.sparsity([model.head.weight, model.neck.weight]) == 0.5
 
 
 def test_keep_zeros_goes_on_from_a_pruned_model(args):
@@ -316,7 +316,7 @@ def test_keep_zeros_goes_on_from_a_pruned_model(args):
     before = model.head.weight.detach().clone()
     model, optimizer = made(args, model=model, keep_zeros=True, average="mean")
     train(model, optimizer)
-    assert optim.sparsity(optim.prunable(optimizer)) == 0.75 and not same_bits(before, model.head.weight)
+    assert stages.sparsity(stages.prunable(optimizer)) == 0.75 and not same_bits(before, model.head.weight)
     with optimizer.swap_ema():
         assert all(torch.equal(p == 0, zeros[name]) for name, p in model.named_parameters() if p.ndim > 1)
 

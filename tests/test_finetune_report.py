@@ -129,7 +129,7 @@ def test_a_frozen_entry_that_changed_only_its_sign_counts():
 def test_step_times(monkeypatch):
     clock = iter([0.0, *(base + part for base in (1.0, 2.0, 3.0) for part in (0.0, 0.1, 0.15, 0.4 * base)), 9.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    times, args = timing.StepTimes(), types.SimpleNamespace(device=torch.device("cpu"))
+    times, args = callbacks.StepTimes(), types.SimpleNamespace(device=torch.device("cpu"))
     assert times.summary()["train_step_ms"] is None
     times.on_train_begin(args, None, None)
     for _ in range(3):
@@ -362,6 +362,15 @@ def test_interrupted_folds_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(folds, "last_checkpoint", lambda folder: "checkpoint-4" if folder.endswith("fold-1") else None)
     assert folds.cross_validate(options, args, fake_train(calls, passed=None)) == 0
     assert [call[3:] for call in calls] == [("last", False), (None, True), (None, True)]
+
+
+def test_overwrite_leaves_nothing_of_the_folds_before(tmp_path):
+    for name in ("fold-3", "share-0.50", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").touch()
+    options, args = parse(["--folds", "2", "--output_dir", str(tmp_path), "--overwrite"])
+    assert folds.cross_validate(options, args, fake_train([])) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"folds.json", "folds.txt", "confusion.png", "mine"}
 
 
 def test_a_failed_verification_of_one_fold_is_the_exit_status(tmp_path):

@@ -108,6 +108,14 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path, trained, mon
     assert [args.resume_from_checkpoint for _, args, _ in trained.calls[1:]] == ["last", None]
 
 
+def test_overwrite_leaves_nothing_of_the_search_before(tmp_path, trained):
+    for name in ("trial-000", "trial-007", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").touch()
+    assert run(tmp_path, "--overwrite", trials=1) == 0
+    assert not list(tmp_path.glob("trial-*")) and (tmp_path / "mine" / "metrics.json").exists()
+
+
 def test_more_trials_later(tmp_path, trained):
     assert run(tmp_path / "out", trials=1) == run(tmp_path / "out", "--continue", trials=3) == run(tmp_path / "whole", trials=3) == 0
     assert trials(tmp_path / "out") == trials(tmp_path / "whole")

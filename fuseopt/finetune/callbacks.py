@@ -1,5 +1,6 @@
-"""What watches a run: the verification, Ctrl-C, an evaluation before pruning, the progress bar, the log."""
+"""What watches a run: the verification, Ctrl-C, an evaluation before pruning, times, the progress bar, the log."""
 
+import collections
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 
 import fuseopt.verify
+from fuseopt.finetune.stages import pruning
+from fuseopt.finetune.table import spread
+
+KEPT_STEPS = 10_000  # the newest, of which the medians of times are taken
 
 
 class Verification(TrainerCallback):
@@ -35,8 +40,11 @@ class Interruption(TrainerCallback):
 
     requested = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def __enter__(self):
         self.previous = signal.signal(signal.SIGINT, self._request)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
 
     def _request(self, *_):
         self.requested = True
@@ -56,20 +64,69 @@ class Interruption(TrainerCallback):
             control.should_save = True
             control.should_evaluate = control.should_evaluate and state.epoch == round(state.epoch)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)
-
 
 class EvaluateBeforePruning(TrainerCallback):
     """Asks for an evaluation just before the first step that prunes."""
 
     def __init__(self, optimizer):
-        prunes = [group["prune"] for group in optimizer.param_groups if group.get("prune") is not None]
-        self.last_dense_step = min(prune["begin"] for prune in prunes) - 1 if prunes else None
+        prune = pruning(optimizer)
+        self.last_dense_step = prune["begin"] - 1 if prune else None
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.last_dense_step:
             control.should_evaluate = True
+
+
+class StepTimes(TrainerCallback):
+    """Times every training step (forward, backward, optimizer; not the loading of data) and every optimizer step.
+
+    On a GPU with CUDA events, which do not wait for it.
+    """
+
+    def __init__(self):
+        self.steps = collections.deque(maxlen=KEPT_STEPS)  # (begin, optimizer begins, optimizer ends, end)
+        self.marks, self.count, self.seconds, self.begin = [], 0, 0.0, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_gpu, self.begin = args.device.type == "cuda", time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.marks = [self._now()]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.marks.append(self._now())
+
+    on_optimizer_step = on_pre_optimizer_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append([*self.marks, self._now()])
+        self.count += 1
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds = time.perf_counter() - self.begin
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _milliseconds(self, first, last):
+        if not self.on_gpu:
+            return [(marks[last] - marks[first]) * 1e3 for marks in self.steps]
+        torch.cuda.synchronize()
+        return [marks[first].elapsed_time(marks[last]) for marks in self.steps]
+
+    def summary(self):
+        """Medians and quartiles in milliseconds (None without a step), steps and seconds of this process."""
+        timed = len(self.steps) > 0
+        return {
+            "train_step_ms": spread(self._milliseconds(0, 3), "median") if timed else None,
+            "optimizer_step_ms": spread(self._milliseconds(1, 2), "median") if timed else None,
+            "steps": self.count,
+            "seconds": self.seconds,
+        }
 
 
 class Progress(ProgressCallback):

@@ -1,6 +1,7 @@
 """What the option groups of the harness have in common: checks that name the option, its value and the remedy."""
 
 import dataclasses
+import fnmatch
 import math
 
 
@@ -21,8 +22,30 @@ def without_effect(options, names, kind, why):
             raise ValueError(f"--{field.name} {value} has no effect {why}")
 
 
-def shortened(names, most=12):
-    """Parameter names for a message: layers that differ by number alone are written once, the rest are counted."""
-    patterns = list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in n.split(".")) for n in names))
-    more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
-    return ", ".join(patterns[:most]) + more
+def listed(names, most=5):
+    """The first of some names for a message, and how many more there are."""
+    names = list(names)
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def shortened(names):
+    """Parameter names for a message: layers that differ by number alone are written once."""
+    return listed(dict.fromkeys(".".join("*" if part.isdigit() else part for part in n.split(".")) for n in names), 12)
+
+
+def matching(named, patterns, option, what="parameter"):
+    """The names among `named` that match a shell pattern; ValueError for a pattern without a match."""
+    named = list(named)
+    found = set()
+    for pattern in patterns:
+        matches = [name for name in named if fnmatch.fnmatchcase(name, pattern)]
+        if not matches:
+            raise ValueError(f"{option} {pattern} matches no {what}; their names are: {shortened(named)}")
+        found.update(matches)
+    return found
+
+
+def first_sentence(error):
+    """The start of a library's message, which may go on for lines."""
+    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__

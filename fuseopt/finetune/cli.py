@@ -117,7 +117,9 @@ def _first_process():
 
 
 def _interrupted(output_dir):
-    found = output_dir and resume.last_checkpoint(output_dir)
+    """What to say; one of several runs (folds.py) has its checkpoints in a folder of its own."""
+    places = [Path(output_dir), *Path(output_dir).glob("*-*")] if output_dir else []
+    found = next(filter(None, map(resume.last_checkpoint, places)), None)
     if not found:
         return f"{PROG}: interrupted before the first checkpoint"
     again = "continue with the same command and --resume_from_checkpoint"

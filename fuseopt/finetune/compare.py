@@ -166,7 +166,7 @@ def _write(rows, named, options):
     """The files that were asked for."""
     if options.json:
         content = {"runs": rows, "curves": {row["name"]: named[row["name"]]["curves"] for row in rows}}
-        _put(options.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+        _put(options.json, json.dumps(content, indent=1) + "\n")
     if options.plot:
         from fuseopt.finetune.plot import runs
 

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from transformers.trainer_utils import sort_checkpoints
 
 from fuseopt.finetune.defaults import TRAINER_DEFAULTS, trainer_defaults
 
@@ -40,25 +39,46 @@ def resolved_options(options, args):
     return json.loads(json.dumps(ours | theirs))
 
 
-def open_output(folder, resolved):
-    """Clear the output folder for a fresh run: the files of an earlier one go, any other stays."""
-    folder = Path(folder)
+def refuse_used(folder, allowed, remedy):
+    """Raise ValueError for an output folder that is a file, or that has something in it unless that is allowed."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder}: this is a file, not a folder")
+    if not allowed and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--output_dir {folder} is not empty: pass {remedy}, or --overwrite to replace it")
+
+
+def clear(folder, patterns):
+    """Make the folder if need be, and remove what matches these names in it; any other file stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*sort_checkpoints(str(folder)), *(folder / name for name in OUTPUTS)]:
-        _remove(Path(path))
-    write_all(folder, {CONFIG_FILE: lambda path: path.write_text(yaml.safe_dump(resolved, sort_keys=False))})
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def open_output(folder, resolved):
+    """Clear the output folder for a fresh run, and write its options there."""
+    clear(Path(folder), (*OUTPUTS, "checkpoint-[0-9]*"))
+    write_all(folder, {CONFIG_FILE: yaml.safe_dump(resolved, sort_keys=False)})
 
 
 def write_all(folder, writers):
     """Write files or folders under temporary names, then rename them all: a failure leaves none of them changed.
 
-    writers: {name: function that writes to the path it is given}. Raises what a writer raises.
+    writers: {name: the text of the file, or a function that writes to the path it is given}. Raises what one raises.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         for name, write in writers.items():
-            write(Path(scratch) / name)
+            path = Path(scratch) / name
+            write(path) if callable(write) else path.write_text(write, encoding="utf-8")
         for name in writers:
             move(Path(scratch) / name, Path(folder) / name)
+
+
+def as_json(content):
+    """The text of a JSON file."""
+    return json.dumps(content, indent=1) + "\n"
 
 
 def move(source, target):
@@ -66,10 +86,3 @@ def move(source, target):
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(source, target)
-
-
-def _remove(path):
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ continue from it, and those that have none start.
 """
 
 import copy
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ from fuseopt.finetune import folder, plot
 from fuseopt.finetune.report import LABELS, confusion_text, used
 from fuseopt.finetune.resume import last_checkpoint
 from fuseopt.finetune.table import decimals, percent, table
+
+OUTPUTS = ("fold-[0-9]*", "folds.*", "confusion.png", "share-[0-9]*", "learning_curve.*")
 
 
 @dataclass
@@ -44,8 +45,6 @@ def cross_validate(options, args, train_once):
 
     train_once: function (options, args, data) -> what metrics.json holds. Raises ValueError and OSError.
     """
-    if options.folds < 2:
-        raise ValueError(f"--folds {options.folds}: must be 2 or more, or 0 for one run")
     if options.learning_curve:
         raise ValueError("--folds and --learning_curve: choose one of them")
     parts = sets.folds(sets.load(options, args.seed), options.folds, args.seed)
@@ -85,14 +84,9 @@ def _open(options, args):
     path, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted not in (None, "last"):
         raise ValueError(f"--resume_from_checkpoint {wanted}: with several runs give it without a folder")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {path}: this is a file, not a folder")
-    if path.exists() and any(path.iterdir()) and not (options.overwrite or wanted):
-        raise ValueError(
-            f"--output_dir {path} is not empty: pass --resume_from_checkpoint to continue the runs in it, or "
-            "--overwrite to replace them"
-        )
-    path.mkdir(parents=True, exist_ok=True)
+    folder.refuse_used(path, options.overwrite or wanted, "--resume_from_checkpoint to continue the runs in it")
+    if args.process_index == 0:
+        folder.clear(path, [] if wanted else OUTPUTS)
 
 
 def part_of(options, args, name):
@@ -122,8 +116,8 @@ def _write_folds(output_dir, metrics, parts):
     whole = f"{text}\n\nall folds together, {LABELS[chosen]}\n\n{confusion_text(pooled, names)}\n"
     content = {"scores": scores, "mean": means, "standard_deviation": spread, "confusion": pooled, "classes": names}
     writers = {
-        "folds.json": lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"),
-        "folds.txt": lambda path: path.write_text(whole, encoding="utf-8"),
+        "folds.json": folder.as_json(content),
+        "folds.txt": whole,
         "confusion.png": lambda path: plot.confusion(pooled, names, "Confusions of all folds together", path),
     }
     folder.write_all(output_dir, writers)
@@ -146,8 +140,8 @@ def _write_curve(output_dir, metrics, parts):
     text = "\n".join(table(("run", "training rows", "accuracy", "macro F1", "loss"), rows))
     curve = [(point["rows"], point["accuracy"]) for point in points]
     writers = {
-        "learning_curve.json": lambda path: path.write_text(json.dumps(points, indent=1) + "\n", encoding="utf-8"),
-        "learning_curve.txt": lambda path: path.write_text(text + "\n", encoding="utf-8"),
+        "learning_curve.json": folder.as_json(points),
+        "learning_curve.txt": text + "\n",
         "learning_curve.png": lambda path: plot.learning_curve(curve, path),
     }
     folder.write_all(output_dir, writers)

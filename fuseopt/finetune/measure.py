@@ -4,8 +4,7 @@ import sys
 
 import torch
 
-from fuseopt.finetune.optim import prunable
-from fuseopt.finetune.timing import StepTimes
+from fuseopt.finetune.stages import prunable, pruning
 
 
 def sparsity(run):
@@ -14,7 +13,7 @@ def sparsity(run):
     Entries, or whole rows where the pattern is "rows". Without pruning: the zeros that there are in matrices.
     """
     groups = run.optimizer.param_groups
-    options = next((g["prune"] for g in groups if g.get("prune") is not None), None)
+    options = pruning(run.optimizer)
     matrices = [p for g in groups for p in g["params"] if p.ndim > 1]
     parameters = prunable(run.optimizer) if options else matrices
     by_rows = options is not None and options["pattern"] == "rows"
@@ -65,11 +64,6 @@ def frozen(run):
         "entries": sum(p.numel() for p, _ in pairs),
         "changed": sum(int(((p != start) | (p.signbit() != start.signbit())).sum()) for p, start in pairs),
     }
-
-
-def times(trainer):
-    """The summary of the trainer's StepTimes."""
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, StepTimes)).summary()
 
 
 def memory(run):

@@ -1,6 +1,5 @@
 """The optimizer of a run, made from its options: which rule, which parameters, which stages."""
 
-import fnmatch
 import inspect
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,12 +7,11 @@ from typing import Literal
 import torch
 
 import fuseopt
-from fuseopt.finetune.checks import in_range, shortened, without_effect
+from fuseopt.finetune import checks
+from fuseopt.finetune.checks import in_range, without_effect
 from fuseopt.finetune.layers import factors
-from fuseopt.finetune.stages import StageOptions, prunable, prunes, sparsity, stages_of
+from fuseopt.finetune.stages import prunes, stages_of
 from fuseopt.optimizer import FusedOptimizer
-
-__all__ = ["OptimizerOptions", "StageOptions", "build_optimizer", "clips", "frozen_names", "prunable", "sparsity"]
 
 CLASSES = {rule.__name__.lower(): rule for rule in fuseopt.rules.ALL}
 TORCH_CLASSES = {
@@ -132,14 +130,10 @@ def _check_torch(options):
 # ---- which parameters ------------------------------------------------------------------------------
 
 
-def matching(model, pattern, option):
-    """The parameters whose name, or one of whose names, fits a shell pattern; ValueError where none does."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    found = [p for name, p in named if fnmatch.fnmatchcase(name, pattern)]
-    if not found:
-        known = shortened([name for name, p in named if p.requires_grad] or [name for name, _ in named])
-        raise ValueError(f"{option} {pattern} matches no parameter; their names are: {known}")
-    return found
+def matching(model, patterns, option):
+    """The parameters whose name, or one of whose names, fits a shell pattern; ValueError for one that none fits."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {named[name] for name in checks.matching(named, patterns, option)}
 
 
 def frozen_names(model, patterns):
@@ -150,7 +144,7 @@ def frozen_names(model, patterns):
     """
     if patterns == ["none"]:  # what a command line says against a list of the --config file
         return set()
-    frozen = {p for pattern in patterns for p in matching(model, pattern, "--freeze")}
+    frozen = matching(model, patterns, "--freeze")
     if not any(p.requires_grad and p not in frozen for p in model.parameters()) and frozen:
         raise ValueError(f"--freeze {' '.join(patterns)} leaves no parameter to train")
     return {name for name, p in model.named_parameters() if p in frozen}
@@ -167,7 +161,7 @@ def learning_rates(model, options, learning_rate):
             number = 0.0
         if not pattern or not 0 < number < float("inf"):
             raise ValueError(f"--lr_scale {one}: give PATTERN=FACTOR with a positive factor, as 'head.*=10'")
-        for p in set(matching(model, pattern, "--lr_scale")):
+        for p in matching(model, [pattern], "--lr_scale"):
             rates[p] *= number
     return rates
 

@@ -18,9 +18,10 @@ from fuseopt.finetune.defaults import BATCH_SIZE, TRAINER_DEFAULTS
 from fuseopt.finetune.folds import FoldsOptions
 from fuseopt.finetune.loss import LossOptions
 from fuseopt.finetune.models import ModelOptions
-from fuseopt.finetune.optim import OptimizerOptions, StageOptions
+from fuseopt.finetune.optim import OptimizerOptions
 from fuseopt.finetune.quantize import QuantizeOptions
 from fuseopt.finetune.schedule import ScheduleOptions
+from fuseopt.finetune.stages import StageOptions
 from fuseopt.finetune.timing import TimingOptions
 
 PROG = "fuseopt finetune"

@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from fuseopt.finetune.stages import pruning
+
 OURS, OTHER, NEUTRAL = "#1b6ca8", "#d9822b", "#667085"
 NUMBERED_CLASSES, NAMED_CLASSES = 30, 60  # up to so many classes a matrix shows its counts, its names
 STYLE = {
@@ -138,7 +140,7 @@ def _sparsity(axis, curves):
 
 
 def _shade_pruning(axis, run):
-    prune = next((g["prune"] for g in run.optimizer.param_groups if g.get("prune") is not None), None)
+    prune = pruning(run.optimizer)
     if prune is not None:
         axis.axvspan(prune["begin"], prune["end"] or prune["begin"] + 1, color="#f2f4f7", zorder=0)
 

@@ -1,6 +1,5 @@
 """From options to a run whose every part has been checked; nothing is written until all of it has been."""
 
-import copy
 import dataclasses
 import math
 import os
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from fuseopt.finetune import data as data_module
 from fuseopt.finetune import folder, models, resume, teacher
+from fuseopt.finetune.checks import in_range
 from fuseopt.finetune.communication import check_communication
 from fuseopt.finetune.data import Data
 from fuseopt.finetune.loss import check_loss
@@ -20,7 +20,6 @@ from fuseopt.finetune.optim import build_optimizer, clips, frozen_names
 from fuseopt.finetune.quantize import torchao
 from fuseopt.finetune.train import FusedTrainer
 
-MAX_GRAD_NORM = 1.0  # transformers' default, which config.yaml leaves out
 SMALL_RATE, PRETRAINED_RATE = 1e-3, 5e-5  # learning rates of the small models and of transformers' own
 
 
@@ -58,13 +57,7 @@ class Run:
     @property
     def max_grad_norm(self):
         """What --max_grad_norm said; args.max_grad_norm is 0 where the optimizer clips."""
-        return self.resolved.get("max_grad_norm", MAX_GRAD_NORM)
-
-    def build(self, model):
-        """The same optimizer over another copy of the model."""
-        args = copy.copy(self.args)
-        args.max_grad_norm = self.max_grad_norm
-        return build_optimizer(model, self.options, args, args.max_steps)
+        return self.resolved["max_grad_norm"]
 
 
 def prepare(options, args, data=None, processor=None):
@@ -144,17 +137,12 @@ def _trainer(run):
 
 def _check_numbers(options, args):
     for name in ("verify", "compare_steps"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"--{name} must be 0 or more, found {getattr(options, name)}")
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed must be at least 0 and less than 2**32, found {args.seed}")
-    if options.threads < 1:
-        raise ValueError(f"--threads must be 1 or more, found {options.threads}")
+        in_range(name, getattr(options, name), 0)
+    in_range("threads", options.threads, 1)
+    in_range("seed", args.seed, 0, 2**32)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be 1 or more, found {getattr(args, name)}")
-    if not 0 < args.num_train_epochs < math.inf:
-        raise ValueError(f"--num_train_epochs must be positive and finite, found {args.num_train_epochs}")
+        in_range(name, getattr(args, name), 1)
+    in_range("num_train_epochs", args.num_train_epochs, 0, open_low=True)
 
 
 def _set_steps(args, rows):

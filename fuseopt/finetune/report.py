@@ -1,10 +1,9 @@
 """What a person sees at the end: each set of weights evaluated, the summary table, and the files."""
 
 import copy
-import json
+import functools
 import platform
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,8 @@ from sklearn.metrics import accuracy_score, classification_report, confusion_mat
 
 import fuseopt
 from fuseopt.finetune import measure, models, plot, quantize
-from fuseopt.finetune.folder import write_all
+from fuseopt.finetune.folder import as_json, write_all
+from fuseopt.finetune.stages import pruning
 from fuseopt.finetune.table import decimals, percent, size, table
 
 MATRIX_CLASSES = 30  # a confusion matrix of more is given as its most frequent confusions
@@ -26,7 +26,7 @@ def headline(run):
     options, args, optimizer = run.options, run.args, run.optimizer
     fixed = {p for p in run.model.parameters() if not p.requires_grad} | set(run.frozen)
     frozen = f"; {sum(p.numel() for p in fixed):,} frozen" if fixed else ""
-    prune = next((g["prune"] for g in optimizer.param_groups if g.get("prune") is not None), None)
+    prune = pruning(optimizer)
     backend = f", backend {optimizer.explain().backend}" if hasattr(optimizer, "explain") else ""
     stages = [f"learning rate {args.learning_rate:g}", f"decay {args.weight_decay:g}"]
     stages += [f"clip {run.max_grad_norm:g}"] if run.max_grad_norm else []
@@ -62,7 +62,7 @@ def evaluate(run, trainer):
         **results,
         "sparsity": measure.sparsity(run),
         "frozen": measure.frozen(run),
-        "time": measure.times(trainer),
+        "time": trainer.step_times.summary(),
         "memory": measure.memory(run),
         "curves": history,
     }
@@ -101,9 +101,8 @@ def _score(run, found):
 
 def _before_pruning(run, history, metric):
     """The last evaluation before the first step that prunes, of each set of weights."""
-    prunes = [group.get("prune") for group in run.optimizer.param_groups]
-    begins = [prune["begin"] for prune in prunes if prune is not None]
-    dense = [row for row in history if begins and row["step"] < min(begins)]
+    prune = pruning(run.optimizer)
+    dense = [row for row in history if prune and row["step"] < prune["begin"]]
     keys = {"raw_before_pruning": f"eval_{metric}", "average_before_pruning": f"average_{metric}"}
     found = {name: [row[key] for row in dense if key in row] for name, key in keys.items()}
     return {name: values[-1] for name, values in found.items() if values}
@@ -195,9 +194,7 @@ def write(run, results, verification):
     results["time"]["with_checks"] = verification is not None
     chosen = used(results)
     writers = _model_writers(run, results["size"]) | {
-        "metrics.json": lambda path: path.write_text(
-            json.dumps(_metrics(run, results, verification), indent=1) + "\n", encoding="utf-8"
-        ),
+        "metrics.json": lambda path: path.write_text(as_json(_metrics(run, results, verification)), encoding="utf-8"),
         "report.txt": lambda path: path.write_text(_report(run, results, verification), encoding="utf-8"),
         "confusion.png": lambda path: plot.confusion(
             results["confusion"][chosen], run.data.names, f"Confusions of the {LABELS[chosen]}", path
@@ -205,25 +202,24 @@ def write(run, results, verification):
         "plot.png": lambda path: plot.draw(run, results, path),
     }
     if verification is not None:
-        writers["verification.txt"] = lambda path: path.write_text(f"{verification}\n", encoding="utf-8")
+        writers["verification.txt"] = f"{verification}\n"
     write_all(run.args.output_dir, writers)
 
 
 def _model_writers(run, sizes):
     """{folder name: function that writes the model there and notes the bytes of its weights in sizes}."""
-    kept = {"model": run.model, "model_average": run.averaged}
-    writers = {name: (models.save, (model, run.processor)) for name, model in kept.items() if model is not None}
-    if run.int8 is not None:
-        writers["model_int8"] = (_save_int8, (run.int8, run.processor))
 
-    def writer(name, save, what):
-        def write_model(path):
-            save(*what, path)
-            sizes[name] = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    def write(save, model, path):
+        save(model, run.processor, path)
+        sizes[path.name] = sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
-        return write_model
-
-    return {name: writer(name, save, what) for name, (save, what) in writers.items()}
+    kept = {"model": run.model, "model_average": run.averaged, "model_int8": run.int8}
+    saves = {"model_int8": _save_int8}
+    return {
+        name: functools.partial(write, saves.get(name, models.save), model)
+        for name, model in kept.items()
+        if model is not None
+    }
 
 
 def _save_int8(model, processor, folder):

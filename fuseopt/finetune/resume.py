@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import SchedulerType, sort_checkpoints
 
 from fuseopt.finetune.defaults import trainer_defaults
-from fuseopt.finetune.folder import CONFIG_FILE
+from fuseopt.finetune.folder import CONFIG_FILE, refuse_used
 
 MODEL_FILES = ("model.safetensors", "adapter_model.safetensors")
 
@@ -52,14 +52,8 @@ def checkpoint_to_resume(args, options):
     Raises ValueError when there is no such checkpoint, or when a fresh run finds an earlier one in its way.
     """
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder}: this is a file, not a folder")
+    refuse_used(folder, options.overwrite or wanted, "--resume_from_checkpoint to continue the run in it")
     if wanted is None:
-        if folder.exists() and any(folder.iterdir()) and not options.overwrite:
-            raise ValueError(
-                f"--output_dir {folder} is not empty: pass --resume_from_checkpoint to continue the run in "
-                "it, or --overwrite to replace it"
-            )
         return None
     if wanted != "last":
         _check(wanted)

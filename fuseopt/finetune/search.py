@@ -19,14 +19,14 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from sklearn.model_selection import train_test_split
 from transformers.utils import logging as transformers_logging
 
 from fuseopt.finetune import cli, plot
 from fuseopt.finetune import data as sets
 from fuseopt.finetune import options as finetune_options
 from fuseopt.finetune import space as spaces
-from fuseopt.finetune.folder import write_all
+from fuseopt.finetune.checks import in_range
+from fuseopt.finetune.folder import as_json, clear, refuse_used, write_all
 from fuseopt.finetune.report import used
 from fuseopt.finetune.resume import last_checkpoint
 from fuseopt.finetune.table import decimals, table
@@ -41,6 +41,7 @@ trial that fails is recorded and the search goes on. The same command finds the 
 Exit status: 0 done, 1 every trial failed, 2 bad input, 130 interrupted (continue with --continue).
 """
 JOURNAL = "search.journal"
+OUTPUTS = (JOURNAL, "trial-[0-9]*", "trials.*", "best.yaml")
 MAXIMISED = {"accuracy": True, "macro_f1": True, "loss": False}
 FAILURES = (ValueError, OSError, RuntimeError)  # bad values together, a full disk, out of memory
 
@@ -109,10 +110,8 @@ def _refuse(message):
 def prepare(argv):
     """Everything that can be wrong is found here, before anything is written. Raises ValueError, OSError."""
     settings, rest = _parser().parse_known_args(argv)
-    if settings.trials < 1:
-        raise ValueError(f"--trials {settings.trials}: must be 1 or more")
-    if not 0 < settings.validation_share < 1:
-        raise ValueError(f"--validation_share {settings.validation_share:g}: must be between 0 and 1")
+    in_range("trials", settings.trials, 1)
+    in_range("validation_share", settings.validation_share, 0, 1, open_low=True)
     space = spaces.read(settings.space)
     if not any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in rest):
         rest += ["--output_dir", "runs/search"]
@@ -138,17 +137,13 @@ def _study(search, overwrite):
     """The optuna study in the output folder, new or continued."""
     folder, settings = search.output_dir, search.settings
     journal = folder / JOURNAL
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder}: this is a file, not a folder")
+    refuse_used(folder, settings.again or overwrite, "--continue to go on")
     if settings.again and not journal.is_file():
         raise ValueError(f"--continue: there is no search in {folder}, no {JOURNAL}")
-    if folder.exists() and any(folder.iterdir()) and not (settings.again or overwrite):
-        raise ValueError(f"--output_dir {folder} is not empty: pass --continue to go on, or --overwrite to replace")
     if settings.again:
         _drop_torn_line(journal)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        journal.unlink(missing_ok=True)
+        clear(folder, OUTPUTS)
     common = {k: v for k, v in spaces.given(search.argv).items() if k not in ("output_dir", "overwrite")}
     same = {"space": sorted(settings.space), "options": common, "score": settings.score}
     same = json.loads(json.dumps(same | {"validation_share": settings.validation_share}))
@@ -179,11 +174,8 @@ def _drop_torn_line(journal):
 
 def held_out(data, share, seed):
     """The data of a trial: a stratified part of the training rows in place of the test rows."""
-    labels = [row["labels"] for row in data.train]
-    try:
-        train, validation = train_test_split(data.train, test_size=share, stratify=labels, random_state=seed)
-    except ValueError as error:  # sklearn's: a class of one row, or a part with fewer rows than classes
-        raise ValueError(f"--validation_share {share:g} of {len(labels)} training rows: {error}") from error
+    parts = sets.split([row["labels"] for row in data.train], share, seed, "--validation_share")
+    train, validation = ([data.train[i] for i in part] for part in parts)
     text = f"{data.description}; of the training rows {len(validation)} are kept out to score {len(train)}"
     return dataclasses.replace(data, train=train, test=validation, description=text)
 
@@ -315,9 +307,9 @@ def _write(search):
     }
     head = f"# trial {best.number} of fuseopt search: {name} {best.value:.4f} on rows kept out of the training rows\n"
     writers = {
-        "best.yaml": lambda path: path.write_text(head + yaml.safe_dump(_best(search)), encoding="utf-8"),
-        "trials.txt": lambda path: path.write_text("\n".join(_table(search)) + "\n", encoding="utf-8"),
-        "trials.json": lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"),
+        "best.yaml": head + yaml.safe_dump(_best(search)),
+        "trials.txt": "\n".join(_table(search)) + "\n",
+        "trials.json": as_json(content),
         "trials.png": lambda path: plot.trials(scores, best.number, name, parameters, path),
     }
     write_all(search.output_dir, writers)

@@ -161,6 +161,11 @@ def prunes(p):
     return p.ndim > 1 and p.is_floating_point() and p.requires_grad
 
 
+def pruning(optimizer):
+    """The options of fuseopt.Prune that an optimizer has, the same in all its groups that prune; or None."""
+    return next((g["prune"] for g in optimizer.param_groups if g.get("prune") is not None), None)
+
+
 def prunable(optimizer):
     """The parameters whose entries the sparsity counts: those that are pruned, or keep their zeros."""
     groups = [g for g in optimizer.param_groups if g.get("prune") is not None or g.get("keep_zeros")]

@@ -1,5 +1,7 @@
 """Tables and numbers as text."""
 
+import numpy as np
+
 
 def table(head, rows, left=1):
     """Lines of a table: the first `left` columns flush left, the others right; None is a dash.
@@ -34,3 +36,9 @@ def size(count):
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def spread(values, name):
+    """{name: median, "quartiles": [lower, upper]} of some numbers."""
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {name: float(median), "quartiles": [float(low), float(high)]}

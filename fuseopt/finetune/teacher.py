@@ -9,7 +9,7 @@ import torch
 
 from fuseopt.finetune import models
 from fuseopt.finetune.loss import ready_teacher
-from fuseopt.finetune.optim import StageOptions
+from fuseopt.finetune.stages import StageOptions
 
 FOLDER = "teacher"  # of the output folder
 

@@ -1,6 +1,5 @@
-"""How long a step takes: each one of the training, and at the end one beside a torch recipe of separate passes."""
+"""How long an optimizer step takes beside a torch recipe of separate passes, after the training."""
 
-import collections
 import copy
 import inspect
 import time
@@ -8,22 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
-from fuseopt.finetune.optim import prunable
+from fuseopt.finetune.optim import TORCH_CLASSES
+from fuseopt.finetune.stages import prunable
+from fuseopt.finetune.table import spread
 from fuseopt.stages import ema
 
-TORCH_CLASSES = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-    "nadam": torch.optim.NAdam,
-    "adagrad": torch.optim.Adagrad,
-}
 CHECKED_STEPS = 3
 TOLERANCE = 1e-2  # of the learning rate: how far the two may be apart after CHECKED_STEPS
 WARMUP_STEPS = 20
-KEPT_STEPS = 10_000  # the newest, of which the medians are taken
 
 
 @dataclass
@@ -36,64 +28,6 @@ class TimingOptions:
         default=0,
         metadata={"help": "Steps timed at the end beside the same step as separate torch passes; 0: none."},
     )
-
-
-class StepTimes(TrainerCallback):
-    """Times every training step (forward, backward, optimizer; not the loading of data) and every optimizer step.
-
-    On a GPU with CUDA events, which do not wait for it.
-    """
-
-    def __init__(self):
-        self.steps = collections.deque(maxlen=KEPT_STEPS)  # (begin, optimizer begins, optimizer ends, end)
-        self.marks, self.count, self.seconds, self.begin = [], 0, 0.0, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.on_gpu, self.begin = args.device.type == "cuda", time.perf_counter()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.marks = [self._now()]
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.marks.append(self._now())
-
-    on_optimizer_step = on_pre_optimizer_step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append([*self.marks, self._now()])
-        self.count += 1
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.seconds = time.perf_counter() - self.begin
-
-    def _now(self):
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _milliseconds(self, first, last):
-        if not self.on_gpu:
-            return [(marks[last] - marks[first]) * 1e3 for marks in self.steps]
-        torch.cuda.synchronize()
-        return [marks[first].elapsed_time(marks[last]) for marks in self.steps]
-
-    def summary(self):
-        """Medians and quartiles in milliseconds (None without a step), steps and seconds of this process."""
-        timed = len(self.steps) > 0
-        return {
-            "train_step_ms": spread(self._milliseconds(0, 3), "median") if timed else None,
-            "optimizer_step_ms": spread(self._milliseconds(1, 2), "median") if timed else None,
-            "steps": self.count,
-            "seconds": self.seconds,
-        }
-
-
-def spread(values, name):
-    """{name: median, "quartiles": [lower, upper]} of some numbers."""
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {name: float(median), "quartiles": [float(low), float(high)]}
 
 
 def compare(run, batch_size=32):
@@ -134,7 +68,7 @@ def _reason_to_skip(run):
         return "--compare_steps 0"
     if options.optimizer.startswith("torch-"):
         return f"--optimizer {options.optimizer} is torch's own already"
-    if options.optimizer not in TORCH_CLASSES:
+    if f"torch-{options.optimizer}" not in TORCH_CLASSES:
         return f"torch has no {options.optimizer}"
     if run.args.world_size > 1:
         return "several processes"
@@ -198,7 +132,7 @@ class Recipe:
         self.max_grad_norm = self.groups[0]["max_grad_norm"]
         self.masks = [(p, source.prune_mask(p)) for p in prunable(source)]
         self.masks = [(p, mask) for p, mask in self.masks if mask is not None]
-        self.kind = TORCH_CLASSES[run.options.optimizer]
+        self.kind = TORCH_CLASSES[f"torch-{run.options.optimizer}"]
         self.torch_decouples = "decoupled_weight_decay" in inspect.signature(self.kind).parameters
         self.optimizer = self._torch_optimizer(source)
         self.averages, self.steps = _averages(source, self.free), self.groups[0]["steps"]

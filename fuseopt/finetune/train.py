@@ -13,9 +13,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from fuseopt.finetune import callbacks, data, folder
 from fuseopt.finetune.communication import set_hook
 from fuseopt.finetune.loss import compute_loss
-from fuseopt.finetune.optim import prunable, sparsity
 from fuseopt.finetune.schedule import check_schedule, make_scheduler
-from fuseopt.finetune.timing import StepTimes
+from fuseopt.finetune.stages import prunable, sparsity
 
 
 class FusedTrainer(Trainer):
@@ -23,7 +22,7 @@ class FusedTrainer(Trainer):
 
     def __init__(self, run):
         self.fused, self.options, self.teacher = run.optimizer, run.options, None
-        self.step_times = StepTimes()
+        self.step_times = callbacks.StepTimes()
         self._verification = callbacks.Verification(run.optimizer, run.options.verify)
         self._interruption = callbacks.Interruption()
         before_pruning = callbacks.EvaluateBeforePruning(run.optimizer)
@@ -87,7 +86,8 @@ class FusedTrainer(Trainer):
             if state.global_step >= self.args.max_steps:
                 self.state = state
                 return None
-        return super().train(resume_from_checkpoint)
+        with self._interruption:
+            return super().train(resume_from_checkpoint)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.lr_scheduler is None:

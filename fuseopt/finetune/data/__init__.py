@@ -13,7 +13,7 @@ batches.py  torch data sets and their collate function
 
 from fuseopt.finetune.data.batches import SetEpoch, datasets, new_processor
 from fuseopt.finetune.data.load import DataOptions, load
-from fuseopt.finetune.data.parts import Data, folds, shares
+from fuseopt.finetune.data.parts import Data, folds, shares, split
 from fuseopt.finetune.data.pixels import Pixels
 
-__all__ = ["Data", "DataOptions", "Pixels", "SetEpoch", "datasets", "folds", "load", "new_processor", "shares"]
+__all__ = ["Data", "DataOptions", "Pixels", "SetEpoch", "datasets", "folds", "load", "new_processor", "shares", "split"]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from fuseopt.finetune.checks import in_range, listed
 from fuseopt.finetune.data import hub, images, texts
 from fuseopt.finetune.data.augment import AUGMENTATIONS
 from fuseopt.finetune.data.parts import Data, split
-from fuseopt.finetune.data.source import SHOWN
 
 EMBEDDED = {"digits": images.embedded_digits, "sentences": texts.embedded_sentences}
 FILES = {
@@ -99,7 +99,7 @@ def load(options, seed):
     if source.kind == "image":
         rows, test = _same_shape(rows, test, source.scale, f"--data {options.data}", where)
     if test is None:
-        chosen = split([label for _, label, _ in rows], options.test_share, seed)
+        chosen = split([label for _, label, _ in rows], options.test_share, seed, "--test_share")
         rows, test = ([rows[i] for i in part] for part in chosen)
     if options.augment and source.kind == "text":
         raise ValueError(f"--augment {' '.join(options.augment)}: for images only, --data {options.data} has texts")
@@ -116,12 +116,10 @@ def _description(data):
 
 
 def _check_options(options):
-    if not 0 < options.test_share < 1:
-        raise ValueError(f"--test_share must be between 0 and 1, found {options.test_share}")
-    if options.max_length < 1:
-        raise ValueError(f"--max_length must be 1 or more, found {options.max_length}")
-    if options.image_size is not None and options.image_size < SMALLEST:
-        raise ValueError(f"--image_size must be {SMALLEST} or more, found {options.image_size}")
+    in_range("test_share", options.test_share, 0, 1, open_low=True)
+    in_range("max_length", options.max_length, 1)
+    if options.image_size is not None:
+        in_range("image_size", options.image_size, SMALLEST)
     for name in options.augment:
         if name not in AUGMENTATIONS:
             raise ValueError(f"--augment {name}: unknown, choose from {', '.join(AUGMENTATIONS)}")
@@ -169,13 +167,13 @@ def _names(source, where, chosen):
     chosen = [str(name) for name in chosen]  # YAML reads 5 as a number
     for name in chosen:
         if name not in counts:
-            raise ValueError(f"--classes {name}: unknown, {where} has {_few(names)}")
+            raise ValueError(f"--classes {name}: unknown, {where} has {listed(names)}")
     names = [name for name in names if not chosen or name in chosen]
     small = [f"{name} ({counts[name]})" for name in names if counts[name] < 2]
     if len(names) < 2:
         raise ValueError(f"{where}: at least two classes are needed, found only {names[0]}")
     if small:
-        raise ValueError(f"{where}: at least two rows of each class are needed, found too few of {_few(small)}")
+        raise ValueError(f"{where}: at least two rows of each class are needed, found too few of {listed(small)}")
     return names
 
 
@@ -187,14 +185,10 @@ def _sorted(names):
         return sorted(names)
 
 
-def _few(names):
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def _check_labels(test, known, where):
     unknown = _sorted({label for _, label, _ in test} - known)
     if unknown:
-        raise ValueError(f"{where}: labels that the training part does not have: {_few(unknown)}")
+        raise ValueError(f"{where}: labels that the training part does not have: {listed(unknown)}")
 
 
 def _numbered(rows, names):

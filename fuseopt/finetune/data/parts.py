@@ -23,13 +23,16 @@ class Data:
         return tuple(self.train[0]["image"].shape) if self.kind == "image" else None
 
 
-def split(labels, share, seed):
-    """Indices (train, test) of a stratified split. Raises ValueError where a class would not be in both parts."""
+def split(labels, share, seed, option):
+    """Indices (train, test) of a stratified split. Raises ValueError where a class would not be in both parts.
+
+    option: the one that gave the share, for messages.
+    """
     labels = np.asarray(labels)
     try:
         train, test = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=seed)
     except ValueError as error:
-        raise ValueError(f"--test_share {share} of {len(labels)} rows: {error}") from error
+        raise ValueError(f"{option} {share:g} of {len(labels)} rows: {error}") from error
     return train.tolist(), test.tolist()
 
 
@@ -42,7 +45,7 @@ def folds(data, k, seed):
     labels = np.array([row["labels"] for row in rows])
     smallest = np.bincount(labels, minlength=len(data.names)).min()
     if not 2 <= k <= smallest:
-        raise ValueError(f"--folds must be from 2 to {smallest}, the rows of the smallest class, found {k}")
+        raise ValueError(f"--folds {k}: must be from 2 to {smallest}, the rows of the smallest class, or 0 for one run")
     pairs = StratifiedKFold(k, shuffle=True, random_state=seed).split(labels, labels)
     return [
         dataclasses.replace(
@@ -58,11 +61,8 @@ def folds(data, k, seed):
 def shares(data, fractions, seed):
     """Data sets of these shares of the training rows, ceil(share * rows) of each class, with the same test.
 
-    A smaller share is part of every larger one. Raises ValueError for a share that is not in (0, 1].
+    A smaller share is part of every larger one.
     """
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise ValueError(f"--learning_curve must be shares in (0, 1], found {fraction}")
     labels = np.array([row["labels"] for row in data.train])
     order = np.random.default_rng(seed).permutation(len(labels))
     by_class = [order[labels[order] == label] for label in range(len(data.names))]

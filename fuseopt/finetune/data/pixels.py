@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -65,11 +64,8 @@ class Pixels:
             "image_mean": self.mean,
             "image_std": self.std,
         }
-        path = Path(folder, FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(FILE + ".tmp")
-        unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder):

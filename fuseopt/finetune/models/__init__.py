@@ -8,7 +8,11 @@ heads.py       for which classes, and how new layers begin
 processors.py  the tokenizer or the normalisation that belongs to them
 lora.py        LoRA through peft
 saving.py      a folder that from_pretrained reads
-pretrain.py    makes the embedded network: python -m fuseopt.finetune.models.pretrain
+
+digits_0_4/ is the model/ of this command, to the bit:
+
+    fuseopt finetune --classes 0 1 2 3 4 --pretrained none --optimizer torch-adamw --num_train_epochs 30 \\
+        --learning_rate 2e-3 --weight_decay 0.01
 """
 
 from fuseopt.finetune.models.saving import save

@@ -1,7 +1,6 @@
 """Heads: for which classes, which parameters they are, and how new layers begin."""
 
 import copy
-import fnmatch
 
 import torch
 from torch import nn
@@ -67,16 +66,6 @@ def head_of(auto, config):
     larger.num_labels = config.num_labels + 1
     one, other = (dict(skeleton(auto, c).named_parameters()) for c in (config, larger))
     return {name for name, p in one.items() if p.shape != other[name].shape}
-
-
-def matching(model, patterns, option):
-    """Names of the parameters that match a pattern, as a shell matches; ValueError for one without a match."""
-    names = [name for name, _ in model.named_parameters()]
-    found = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
-    for pattern, matches in found.items():
-        if not matches:
-            raise ValueError(f"{option} {pattern} matches no parameter; their names are: {', '.join(names)}")
-    return {name for matches in found.values() for name in matches}
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """LoRA through peft: small trained matrices beside frozen ones, merged into them when the model is saved."""
 
-import fnmatch
 import re
 import warnings
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from fuseopt.finetune.checks import matching
 
 
 def wrap(model, options, trained):
@@ -40,16 +41,10 @@ def _targets(model, patterns, whole):
         raise ValueError("--lora_rank: this model has no linear layer besides its head")
     if not patterns:
         return names
-    found = {pattern: [name for name in names if _matches(name, pattern)] for pattern in patterns}
-    for pattern, matches in found.items():
-        if not matches:
-            raise ValueError(f"--lora_targets {pattern} matches no layer; their names are: {', '.join(names)}")
-    return [name for name in names if any(name in matches for matches in found.values())]
-
-
-def _matches(name, pattern):
-    """By the whole name or by its last part, as peft's own targets are given: query, encoder.*.query."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[2], pattern)
+    # By the whole name or by its last part, as peft's own targets are given: encoder.*.query, query.
+    both = [part for name in names for part in (name, name.rpartition(".")[2])]
+    found = matching(both, patterns, "--lora_targets", "layer")
+    return [name for name in names if found & {name, name.rpartition(".")[2]}]
 
 
 def new_names(model, new):

@@ -5,8 +5,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from fuseopt.finetune.checks import first_sentence
 from fuseopt.finetune.data import Pixels
-from fuseopt.finetune.models.messages import first_sentence
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 

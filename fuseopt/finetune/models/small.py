@@ -18,46 +18,40 @@ from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassif
 EMBEDDING_STD = 0.1
 
 
-class CnnConfig(PretrainedConfig):
+class _Config(PretrainedConfig):
+    def __init__(self, depth=1, width=64, activation="relu", dropout=0.1, **kwargs):
+        self.depth, self.width, self.activation, self.dropout = depth, width, activation, dropout
+        super().__init__(**kwargs)
+
+
+class CnnConfig(_Config):
     """depth blocks of two convolutions; the first has `width` channels, each other twice those before it."""
 
     model_type = "fuseopt-cnn"
 
-    def __init__(self, num_channels=1, depth=2, width=32, activation="relu", dropout=0.1, **kwargs):
+    def __init__(self, num_channels=1, depth=2, width=32, **kwargs):
         self.num_channels = num_channels
-        self.depth = depth
-        self.width = width
-        self.activation = activation
-        self.dropout = dropout
-        super().__init__(**kwargs)
+        super().__init__(depth, width, **kwargs)
 
 
-class RnnConfig(PretrainedConfig):
+class RnnConfig(_Config):
     """depth GRU layers of `width` units over the rows of images that are `image_width` pixels wide."""
 
     model_type = "fuseopt-rnn"
 
-    def __init__(self, num_channels=1, image_width=8, depth=2, width=64, activation="relu", dropout=0.1, **kwargs):
+    def __init__(self, num_channels=1, image_width=8, depth=2, **kwargs):
         self.num_channels = num_channels
         self.image_width = image_width
-        self.depth = depth
-        self.width = width
-        self.activation = activation
-        self.dropout = dropout
-        super().__init__(**kwargs)
+        super().__init__(depth, **kwargs)
 
 
-class MlpConfig(PretrainedConfig):
+class MlpConfig(_Config):
     """depth hidden layers of `width` units over the mean of the token embeddings."""
 
     model_type = "fuseopt-mlp"
 
-    def __init__(self, vocab_size=1000, pad_token_id=0, depth=1, width=64, activation="relu", dropout=0.1, **kwargs):
+    def __init__(self, vocab_size=1000, pad_token_id=0, **kwargs):
         self.vocab_size = vocab_size
-        self.depth = depth
-        self.width = width
-        self.activation = activation
-        self.dropout = dropout
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import huggingface_hub
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
+from fuseopt.finetune.checks import first_sentence, in_range
 from fuseopt.finetune.models import heads, processors, weights
-from fuseopt.finetune.models.messages import first_sentence
 from fuseopt.finetune.models.small import SMALL
 
 EMBEDDED = Path(__file__).with_name("digits_0_4")
@@ -130,8 +130,7 @@ def small_config(options, data, processor):
         raise ValueError(f"--model {name} cannot classify data of kind {data.kind!r}")
     given = {n: getattr(options, n) for n in (*SIZES, "dropout") if getattr(options, n) is not None}
     for n in ("depth", "width"):
-        if given.get(n, 1) < 1:
-            raise ValueError(f"--{n} must be 1 or more, found {given[n]}")
+        in_range(n, given.get(n, 1), 1)
     if name == "mlp":
         given |= {"vocab_size": len(processor), "pad_token_id": processor.pad_token_id}
     else:

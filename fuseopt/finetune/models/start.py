@@ -5,9 +5,8 @@ from typing import Literal
 
 import torch
 
-from fuseopt.finetune.checks import without_effect
+from fuseopt.finetune.checks import first_sentence, in_range, listed, matching, without_effect
 from fuseopt.finetune.models import heads, lora, processors, source, weights
-from fuseopt.finetune.models.messages import first_sentence, quiet
 
 
 def _field(default, text):
@@ -81,38 +80,36 @@ def start(options, data, new_processor):
     Where a head is kept, `data` is relabelled in the head's order. Raises ValueError that names the option.
     """
     _check(options)
-    with quiet():
-        found = source.find(options, data)
-        processor = processors.find(found, data, new_processor)
-        if found.config is None:
-            found.config = source.small_config(options, data, processor)
-        else:
-            source.apply_options(found, options, data, processor)
-        if data.kind == "text":
-            processors.fit(processor, found)
-        model, new, head = _model(found, options, data)
-        _try(found, model, data, processor)
-        if options.reinit:
-            chosen = heads.matching(model, options.reinit, "--reinit")
-            heads.initialise(model, chosen, options.head_init)
-            new |= chosen
-        if not new:
-            without_effect(options, ["head_init"], ModelOptions, "where the head is kept, without --reinit")
-        text = _describe(found, model, new)
-        if options.lora_rank:
-            model = lora.wrap(model, options, new | head)
-            new = lora.new_names(model, new)
-            text += f", LoRA of rank {options.lora_rank}: {sum(p.numel() for _, p in lora.trained(model)):,} trained"
+    found = source.find(options, data)
+    processor = processors.find(found, data, new_processor)
+    if found.config is None:
+        found.config = source.small_config(options, data, processor)
+    else:
+        source.apply_options(found, options, data, processor)
+    if data.kind == "text":
+        processors.fit(processor, found)
+    model, new, head = _model(found, options, data)
+    _try(found, model, data, processor)
+    if options.reinit:
+        chosen = matching((name for name, _ in model.named_parameters()), options.reinit, "--reinit")
+        heads.initialise(model, chosen, options.head_init)
+        new |= chosen
+    if not new:
+        without_effect(options, ["head_init"], ModelOptions, "where the head is kept, without --reinit")
+    text = _describe(found, model, new)
+    if options.lora_rank:
+        model = lora.wrap(model, options, new | head)
+        new = lora.new_names(model, new)
+        text += f", LoRA of rank {options.lora_rank}: {sum(p.numel() for _, p in lora.trained(model)):,} trained"
     return Start(model, processor, _kind(found.config), text, new)
 
 
 def _check(options):
     for name in ("dropout", "lora_dropout"):
         value = getattr(options, name)
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"--{name} must be at least 0 and less than 1, found {value}")
-    if options.lora_rank < 0:
-        raise ValueError(f"--lora_rank must be 0 or more, found {options.lora_rank}")
+        if value is not None:
+            in_range(name, value, 0, 1)
+    in_range("lora_rank", options.lora_rank, 0)
     if not options.lora_rank:
         without_effect(options, ["lora_alpha", "lora_dropout", "lora_targets"], ModelOptions, "without --lora_rank")
     if options.lora_rank and options.reinit:
@@ -170,5 +167,4 @@ def _describe(found, model, new):
     if not found.has_weights:
         return text + "random weights"
     layers = sorted({name.rpartition(".")[0] for name in new})
-    more = f" and {len(layers) - 5} more" if len(layers) > 5 else ""
-    return text + f"from {found}, " + (f"new: {', '.join(layers[:5])}{more}" if layers else "nothing new")
+    return text + f"from {found}, " + (f"new: {listed(layers)}" if layers else "nothing new")

@@ -8,10 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fuseopt.finetune.models.messages import first_sentence
+from fuseopt.finetune.checks import first_sentence, listed
 
 WRAPPERS = ("state_dict", "model")  # a training script's checkpoint holds its state dict under one of these
-SHOWN = 5  # names in an error message
 
 
 def read(path, option):
@@ -46,9 +45,9 @@ def _state_dict(content, option):
         raise ValueError(f"{option}: holds a {type(content).__name__}, not a state dict of tensors")
     strange = [str(name) for name, value in content.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     if strange:
-        raise ValueError(f"{option}: {_some(strange)} is not a tensor: save model.state_dict() alone")
+        raise ValueError(f"{option}: {listed(sorted(strange))} is not a tensor: save model.state_dict() alone")
     if complex_ := [name for name, value in content.items() if value.is_complex()]:
-        raise ValueError(f"{option}: complex numbers in {_some(complex_)}, no model here has such weights")
+        raise ValueError(f"{option}: complex numbers in {listed(sorted(complex_))}, no model here has such weights")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return dict(content)
@@ -83,10 +82,12 @@ def load(model_class, config, source, head, keep):
     state = model.state_dict()
     whole = [n for n, p in (source.tensors or {}).items() if n in state and n not in new and _is_cast(p, state[n])]
     if whole:
-        raise ValueError(f"{source}: integers where this model has weights, as of a quantised one: {_some(whole)}")
+        raise ValueError(
+            f"{source}: integers where this model has weights, as of a quantised one: {listed(sorted(whole))}"
+        )
     broken = [n for n, p in state.items() if n not in new and p.is_floating_point() and not p.isfinite().all()]
     if broken:
-        raise ValueError(f"{source}: NaN or infinite values in {_some(broken)}")
+        raise ValueError(f"{source}: NaN or infinite values in {listed(sorted(broken))}")
     return model, new
 
 
@@ -110,13 +111,7 @@ def _judge(model, info, source, head, keep):
         "unknown": unexpected,
         "of another shape": [f"{n} {found} for {needed}" for n, (found, needed) in misshapen.items() if n not in new],
     }
-    parts = [f"{kind}: {_some(names)}" for kind, names in differences.items() if names] + info["error_msgs"]
+    parts = [f"{kind}: {listed(sorted(names))}" for kind, names in differences.items() if names] + info["error_msgs"]
     if parts:
         raise ValueError(f"{source}: not the weights of this {type(model).__name__}: {'; '.join(parts)}")
     return new
-
-
-def _some(names):
-    names = sorted(names)
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
