@@ -109,7 +109,6 @@ REFUSED = {
     "load_best_model_at_end": "the result is the model of the last step",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
     "push_to_hub": "nothing is uploaded",
-    "fp16": "fp16 autocast needs a GPU",
     "prediction_loss_only": "the report needs the predictions",
     "fsdp": "the report and the averages need whole parameters",
     "deepspeed": "it brings an optimizer of its own",
@@ -241,6 +240,8 @@ def _from_yaml(parser, path):
             raise ValueError(f"--config {path}: {_unknown(parser, f'--{name}')}")
         if value is None or value == []:
             continue
+        if name == "verify" and isinstance(value, bool):
+            value = int(value)  # true: every step, as --verify alone
         values = value if isinstance(value, list) else [value]
         if actions[name].nargs not in ("+", "*") and isinstance(value, list):
             raise ValueError(f"--config {path}: {name} takes one value, found a list")

@@ -142,7 +142,7 @@ def _check_numbers(options, args):
     in_range("seed", args.seed, 0, 2**32)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         in_range(name, getattr(args, name), 1)
-    in_range("num_train_epochs", args.num_train_epochs, 0, open_low=True)
+    in_range("num_train_epochs", args.num_train_epochs, 0, 1e6, open_low=True)
 
 
 def _set_steps(args, rows):
