@@ -5,6 +5,7 @@ run resumed, and one that is refused.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -38,6 +39,7 @@ def counted(module, name, key):
     """Count the calls of a hook of torch's, and what it sends: buckets of gradients."""
     hook = getattr(module, name)
 
+    @functools.wraps(hook)  # DDP goes by the name
     def wrapper(state, bucket):
         CALLS[key] = CALLS.get(key, 0) + 1
         return hook(state, bucket)

@@ -76,6 +76,14 @@ def test_the_files(three, capsys):
     assert sorted(path.name for path in three.iterdir()) == ["all.json", "all.png", "runs"]
 
 
+def test_says_which_step_times_include_checks(three, capsys):
+    checked = metrics()
+    checked["time"]["with_checks"] = True
+    write(three / "runs" / "d-checked", checked)
+    assert main(["compare", str(three / "runs")]) == 0
+    assert capsys.readouterr().out.endswith("\nthe step times of d-checked include the checks of --verify\n")
+
+
 def test_many_runs_are_drawn(tmp_path):
     for k in range(25):
         write(tmp_path / f"run-{k}", metrics(raw=k / 25, curves=[]))

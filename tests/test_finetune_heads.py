@@ -11,7 +11,7 @@ for extra in ("transformers", "accelerate", "sklearn", "safetensors"):
     pytest.importorskip(extra)
 
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from starts import (
     CLASSES,
     KINDS,
@@ -277,6 +277,7 @@ def refusals(folder):
             f"--pretrained {folder / 'cnn'}: the images have 3 channels",
         ),
         (images(channels=3), dict(pretrained=str(folder / "bare")), "images of 1 channels, those of the data have 3"),
+        (images(), dict(pretrained=str(folder / "eight")), "these are the 8-bit weights of --quantize"),
         (images(), dict(pretrained=str(folder / "odd")), "preprocessor_config.json"),
         (texts(), dict(pretrained=str(folder / "mute")), "its tokenizer cannot be read"),
         (texts(), dict(pretrained=str(folder / "wordy")), "they do not belong together"),
@@ -298,9 +299,13 @@ def refusals(folder):
 
 
 def test_options_that_are_refused(checkpoints):
-    for name, kind in (("bare", "cnn"), ("odd", "cnn"), ("mute", "mlp"), ("wordy", "mlp")):
+    for name, kind in (("bare", "cnn"), ("eight", "cnn"), ("odd", "cnn"), ("mute", "mlp"), ("wordy", "mlp")):
         shutil.copytree(checkpoints / kind, checkpoints / name)
     (checkpoints / "bare" / "preprocessor_config.json").unlink()
+    weights = load_file(checkpoints / "cnn" / "model.safetensors")
+    save_file(
+        weights | {"head.weight.scale": weights["head.bias"].clone()}, checkpoints / "eight" / "model.safetensors"
+    )
     (checkpoints / "odd" / "preprocessor_config.json").write_text("{")
     (checkpoints / "mute" / "tokenizer.json").write_text("{")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints / "mlp")

@@ -288,6 +288,13 @@ def test_a_panel_for_what_there_is(tmp_path, figures, pruned_to, compared, logge
     assert set(titles(figures[0])) == expected
 
 
+def test_averaged_curves_of_several_runs_are_explained(tmp_path, figures):
+    for k, key in enumerate(("eval_accuracy", "average_accuracy")):
+        run = {"curves": [{"step": 1, key: 0.5}], "accuracy": {"raw": 0.5}}
+        plot.runs({"a": run}, tmp_path / "all.png")
+        assert titles(figures[k])[1] == "Accuracy on the test rows" + (" (dashed: averaged)" if k else "")
+
+
 @pytest.mark.parametrize("classes, counted, named", [(2, True, True), (30, True, True), (45, False, True), (100, False, False)])
 def test_confusions_of_few_and_many_classes(tmp_path, figures, classes, counted, named):
     names = [f"a rather long name of class {k}" for k in range(classes)]

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
-from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
-HOOKS = {"fp16": DDPCommunicationHookType.FP16, "bf16": DDPCommunicationHookType.BF16}
 # torch's default sends the gradients of the first 1000 steps whole, which would be all of a short run. Error feedback
 # and warm start, which are on, need 2 steps or more.
 POWER_SGD = {"matrix_approximation_rank": 4, "start_powerSGD_iter": 10}
@@ -48,10 +47,23 @@ def set_hook(options, accelerator):
 
     It goes into the DistributedDataParallelKwargs that the Trainer has given it.
     """
-    if options.compress == "powersgd":
-        accelerator.ddp_handler = _PowerSGD(**vars(accelerator.ddp_handler))
+    if options.compress == "fp16":
+        accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.FP16
     elif options.compress != "none":
-        accelerator.ddp_handler.comm_hook = HOOKS[options.compress]
+        kind = {"bf16": _Bf16, "powersgd": _PowerSGD}[options.compress]
+        accelerator.ddp_handler = kind(**vars(accelerator.ddp_handler))
+
+
+@dataclass
+class _Bf16(DistributedDataParallelKwargs):
+    """Registers torch's bf16 hook by another name: by its own, DDP refuses it without CUDA, though gloo sums bf16."""
+
+    def register_comm_hook(self, model):
+        model.register_comm_hook(None, _bf16)
+
+
+def _bf16(state, bucket):
+    return default_hooks.bf16_compress_hook(state, bucket)
 
 
 @dataclass

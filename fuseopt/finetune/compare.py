@@ -47,6 +47,8 @@ def main(argv=None):
         named = read(options.runs)
         rows = order(named, options.sort)
         print("\n".join(lines(rows)))
+        if checked := [name for name, content in named.items() if content["time"].get("with_checks")]:
+            print(f"the step times of {', '.join(checked)} include the checks of --verify")
         _write(rows, named, options)
     except (ValueError, OSError) as error:
         print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)

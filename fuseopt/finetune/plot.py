@@ -206,7 +206,9 @@ def runs(named, path):
                 accuracy.plot(*_series(curves, key), color=color, linestyle=style)
             _final(final, k, metrics["accuracy"], color)
         loss.set(title="Training loss", xlabel="optimizer step", ylabel="loss")
-        accuracy.set(title="Accuracy on the test rows", xlabel="optimizer step")
+        dashed = any(_series(m["curves"], "average_accuracy")[0] for m in named.values())
+        title = "Accuracy on the test rows" + (" (dashed: averaged)" if dashed else "")
+        accuracy.set(title=title, xlabel="optimizer step")
         accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         values = [
             v for m in named.values() for key in ("eval", "average") for v in _series(m["curves"], f"{key}_accuracy")[1]

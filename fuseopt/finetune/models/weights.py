@@ -112,6 +112,10 @@ def _judge(model, info, source, head, keep):
         "of another shape": [f"{n} {found} for {needed}" for n, (found, needed) in misshapen.items() if n not in new],
     }
     parts = [f"{kind}: {listed(sorted(names))}" for kind, names in differences.items() if names] + info["error_msgs"]
+    if any(name.endswith(".scale") and name.removesuffix(".scale") in model.state_dict() for name in unexpected):
+        raise ValueError(
+            f"{source}: these are the 8-bit weights of --quantize, for inference alone: give model/ instead"
+        )
     if parts:
         raise ValueError(f"{source}: not the weights of this {type(model).__name__}: {'; '.join(parts)}")
     return new
