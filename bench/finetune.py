@@ -32,7 +32,7 @@ RUNS = {
         "encoder": "--freeze bert.* --freeze_by requires_grad --learning_rate 0.003",
     },
     "lora": {"images": "--lora_rank 8", "encoder": "--lora_rank 8 --learning_rate 1e-3"},
-    "small": {"images": "--pretrained none --width 8", "sentences": "--width 8"},
+    "small": {"images": "--pretrained none --width 8", "sentences": "--width 16"},
     "small, distilled": {
         "images": "--pretrained none --width 8 --teacher_scale 4",
         "sentences": "--width 16 --teacher_scale 4",
