@@ -247,3 +247,19 @@ def test_overwrite_replaces_the_run_and_keeps_other_files(whole, tmp_path):
     assert finetune(folder, "--overwrite") == 0
     same_bits(whole, folder)
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_diverged_says_so(tmp_path, capsys):
+    options = f"{DIGITS} --max_steps 4 --save_strategy no --learning_rate 1e30 --output_dir {tmp_path}/run"
+    assert main(["finetune", *options.split()]) == 0
+    assert "diverged" in capsys.readouterr().out and "diverged" in (tmp_path / "run" / "report.txt").read_text()
+
+
+def test_a_finished_run_that_is_written_anew_keeps_what_it_found(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    assert finetune(folder, "--resume_from_checkpoint", "--quantize") == 0
+    before, after = metrics_of(whole), metrics_of(folder)
+    assert before["time"] == after["time"] and before["verification"] == after["verification"]
+    assert after["size"]["model_int8"] < after["size"]["model"] / 3
+    same_bits(whole, folder)

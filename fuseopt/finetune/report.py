@@ -2,8 +2,11 @@
 
 import copy
 import functools
+import json
+import math
 import platform
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,6 +146,8 @@ def _figures(results):
     times, memory = results["time"], results["memory"]
     counts, frozen = results["sparsity"], results["frozen"]
     lines = []
+    if not math.isfinite(results["loss"]["raw"]):
+        lines.append("diverged  the loss is not finite: train with a lower --learning_rate")
     if times["train_step_ms"]:
         step, optimizer = (_spread_text(times[f"{name}_step_ms"], "median") for name in ("train", "optimizer"))
         checks = ", checks included" if times.get("with_checks") else ""
@@ -192,6 +197,7 @@ def write(run, results, verification):
     """
     results["size"] = {}
     results["time"]["with_checks"] = verification is not None
+    _carry_over(run, results)
     chosen = used(results)
     writers = _model_writers(run, results["size"]) | {
         "metrics.json": lambda path: path.write_text(as_json(_metrics(run, results, verification)), encoding="utf-8"),
@@ -204,6 +210,13 @@ def write(run, results, verification):
     if verification is not None:
         writers["verification.txt"] = f"{verification}\n"
     write_all(run.args.output_dir, writers)
+
+
+def _carry_over(run, results):
+    """Of a run that had been finished and is only written anew: its times, and what its verification found."""
+    before = Path(run.args.output_dir) / "metrics.json"
+    if not results["time"]["steps"] and before.is_file():
+        results |= {name: json.loads(before.read_text())[name] for name in ("time", "verification")}
 
 
 def _model_writers(run, sizes):
@@ -253,7 +266,7 @@ def confusion_text(matrix, names):
 
 def _metrics(run, results, verification):
     """What metrics.json holds."""
-    checked = None
+    checked = results.get("verification")
     if verification is not None:
         checked = {"passed": verification.passed, "steps": verification.steps, "rows": verification.rows}
     kept = ("accuracy", "macro_f1", "loss", "confusion", "sparsity", "frozen", "time", "memory", "size", "step")
