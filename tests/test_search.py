@@ -15,6 +15,7 @@ from fuseopt.__main__ import main
 from fuseopt.finetune import cli, plot, search, space
 from fuseopt.finetune import data as sets
 from fuseopt.finetune.options import parse
+from fuseopt.finetune.study import JOURNAL
 
 SPACE = ["--space", "learning_rate=log:1e-4:1e-1", "optimizer=adamw,lion", "depth=int:1:3"]
 
@@ -91,7 +92,7 @@ def test_the_same_command_finds_the_same_and_an_interrupted_one_too(tmp_path, tr
     trained.interrupts = (3,)
     assert run(tmp_path / "c") == 130
     assert len(trials(tmp_path / "c")) == 3  # two finished, one begun
-    journal = tmp_path / "c" / search.JOURNAL
+    journal = tmp_path / "c" / JOURNAL
     journal.write_bytes(journal.read_bytes() + b'{"op_code": 5, "tri')  # killed while it wrote
     assert run(tmp_path / "c", "--continue") == 0
     assert trials(tmp_path / "c") == trials(tmp_path / "a")
@@ -215,7 +216,7 @@ def test_a_folder_in_use(tmp_path, trained, capsys):
     assert run(folder, "--continue", "--width", "3", trials=3) == 2 and "options" in capsys.readouterr().err
     assert run(folder, "--overwrite", trials=1) == 0
     assert len(trials(folder)) == 1
-    (folder / search.JOURNAL).write_text("nonsense\n" * 3)
+    (folder / JOURNAL).write_text("nonsense\n" * 3)
     assert run(folder, "--continue", trials=3) == 2 and "damaged" in capsys.readouterr().err
 
 

@@ -2,7 +2,7 @@
 
 options.py   every option, from the files that use them; --config
 prepare.py   every check that can be made before anything is written
-cli.py       one run, or several: folds.py, search.py
+cli.py       one run, or several: folds.py, search.py (with space.py, study.py)
 data/        images or text in, training and test rows out
 models/      the small models, transformers' own, checkpoints, heads, LoRA
 optim.py     the optimizer, its groups and stages; schedule.py, loss.py, teacher.py, communication.py

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import sys
 from pathlib import Path
@@ -16,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import optuna
 import yaml
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from transformers.utils import logging as transformers_logging
 
@@ -26,9 +23,10 @@ from fuseopt.finetune import data as sets
 from fuseopt.finetune import options as finetune_options
 from fuseopt.finetune import space as spaces
 from fuseopt.finetune.checks import in_range
-from fuseopt.finetune.folder import as_json, clear, refuse_used, write_all
+from fuseopt.finetune.folder import as_json, write_all
 from fuseopt.finetune.report import used
 from fuseopt.finetune.resume import last_checkpoint
+from fuseopt.finetune.study import open_study
 from fuseopt.finetune.table import decimals, table
 
 PROG = "fuseopt search"
@@ -40,8 +38,6 @@ that of a part of the training rows which no trial trains on; the test rows are 
 trial that fails is recorded and the search goes on. The same command finds the same. --space takes {spaces.FORMS}.
 Exit status: 0 done, 1 every trial failed, 2 bad input, 130 interrupted (continue with --continue).
 """
-JOURNAL = "search.journal"
-OUTPUTS = (JOURNAL, "trial-[0-9]*", "trials.*", "best.yaml")
 MAXIMISED = {"accuracy": True, "macro_f1": True, "loss": False}
 FAILURES = (ValueError, OSError, RuntimeError)  # bad values together, a full disk, out of memory
 
@@ -129,47 +125,12 @@ def prepare(argv):
     if {field.name for field in dataclasses.fields(sets.DataOptions)} & space.keys():
         data = None
     search = Search(settings, rest, space, Path(args.output_dir), args.seed, data)
-    search.study = _study(search, options.overwrite)
-    return search
-
-
-def _study(search, overwrite):
-    """The optuna study in the output folder, new or continued."""
-    folder, settings = search.output_dir, search.settings
-    journal = folder / JOURNAL
-    refuse_used(folder, settings.again or overwrite, "--continue to go on")
-    if settings.again and not journal.is_file():
-        raise ValueError(f"--continue: there is no search in {folder}, no {JOURNAL}")
-    if settings.again:
-        _drop_torn_line(journal)
-    else:
-        clear(folder, OUTPUTS)
-    common = {k: v for k, v in spaces.given(search.argv).items() if k not in ("output_dir", "overwrite")}
+    common = {k: v for k, v in spaces.given(rest).items() if k not in ("output_dir", "overwrite")}
     same = {"space": sorted(settings.space), "options": common, "score": settings.score}
-    same = json.loads(json.dumps(same | {"validation_share": settings.validation_share}))
-    try:
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name="search",
-            direction="maximize" if MAXIMISED[settings.score] else "minimize",
-            load_if_exists=settings.again,
-        )
-    except Exception as error:  # whatever optuna makes of a damaged file
-        raise ValueError(f"--continue: {journal} is damaged: start anew with --overwrite ({error})") from error
-    for name, value in same.items():
-        before = study.user_attrs.get(name, value)
-        if before != value:
-            raise ValueError(f"--continue: the search was started with {name} {before}, now it is {value}")
-        study.set_user_attr(name, value)
-    return study
-
-
-def _drop_torn_line(journal):
-    """A process that was killed while it wrote leaves half a line, which optuna would refuse."""
-    content = journal.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        journal.write_bytes(whole)
+    same |= {"validation_share": settings.validation_share}
+    direction = "maximize" if MAXIMISED[settings.score] else "minimize"
+    search.study = open_study(search.output_dir, direction, same, settings.again, options.overwrite)
+    return search
 
 
 def held_out(data, share, seed):
