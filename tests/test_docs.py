@@ -101,6 +101,14 @@ def test_the_options_that_the_page_names_are_there():
     from fuseopt.finetune import options
 
     known = {name for action in options.make_parser()._actions for name in action.option_strings}
-    known |= {"--space", "--trials", "--plot", "--nproc-per-node"}
+    known |= {"--space", "--trials", "--plot", "--nproc-per-node", "--encoder"}
     named = set(re.findall(r"--[a-z]\w*(?:-\w+)*", (ROOT / "docs" / "pages" / "finetune.md").read_text()))
     assert len(named) > 50 and named <= known
+
+
+def test_the_tables_are_those_of_the_result_that_the_page_names():
+    page = (ROOT / "docs" / "pages" / "finetune.md").read_text()
+    (name,) = re.findall(r"`(bench/results/[\w.-]+-finetune\.json)`", page)
+    command = [sys.executable, ROOT / "bench" / "finetune.py", "--markdown", ROOT / name]
+    tables = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=True).stdout
+    assert tables.count("|") > 100 and tables.strip() in page

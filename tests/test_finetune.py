@@ -263,3 +263,25 @@ def test_a_finished_run_that_is_written_anew_keeps_what_it_found(whole, tmp_path
     assert before["time"] == after["time"] and before["verification"] == after["verification"]
     assert after["size"]["model_int8"] < after["size"]["model"] / 3
     same_bits(whole, folder)
+
+
+def test_tensorboard_on_request(tmp_path):
+    pytest.importorskip("tensorboard")
+    options = f"{DIGITS} --max_steps 4 --logging_steps 2 --save_strategy no --report_to tensorboard"
+    assert main(["finetune", *options.split(), "--output_dir", str(tmp_path / "run")]) == 0
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_checkpoint(tmp_path, capsys):
+    """A limit on the size of files stands for it: the weights fit, the optimizer's state beside them does not."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = f"{DIGITS} --max_steps 4 --save_strategy steps --save_steps 2 --output_dir {tmp_path}/run"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+        assert main(["finetune", *options.split()]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = capsys.readouterr().err
+    assert "--output_dir" in line and "checkpoint-2" in line and line.count("\n") == 1
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "log.txt"}
