@@ -17,7 +17,7 @@ DEMO   ?= --output_dir runs/demo --overwrite
 
 VENV := .venv
 RUN  := $(VENV)/bin/python
-PIP  := $(RUN) -m pip --disable-pip-version-check --quiet
+PIP  := $(RUN) -m pip --disable-pip-version-check --quiet --quiet
 # Folders are listed too: theirs is the time stamp that changes when a file is added or removed.
 CSRC := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' 2>/dev/null)
 
