@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 
 from fuseopt.__main__ import main
 from fuseopt.finetune import callbacks
+from fuseopt.finetune.data import load
 from fuseopt.finetune.folder import OUTPUTS
 from fuseopt.finetune.models import EMBEDDED
+from fuseopt.finetune.options import parse
 
 DIGITS = "--classes 5 6 7 8 9 --learning_rate 0.002 --disable_tqdm true"
 STAGES = "--freeze stem.* --average ema --ema_decay 0.98 --sparsity 0.8 --prune_begin 5 --prune_end 17 --prune_every 4"
@@ -129,7 +131,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(whole, tmp_path, monkey
 
 # What draws random numbers, or keeps a state of its own beside the optimizer.
 TECHNIQUES = {
-    "augmentation": "--augment shift noise",
+    "augmentation, from within the second epoch": "--augment shift noise --classes 5 6 --per_device_train_batch_size 70",
     "text and dropout": "--data sentences --dropout 0.3",
     "recurrent": "--model rnn --dropout 0.3",
     "LoRA": "--lora_rank 4 --average ema",
@@ -285,3 +287,17 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_checkpoint(tmp_path, capsys):
     line = capsys.readouterr().err
     assert "--output_dir" in line and "checkpoint-2" in line and line.count("\n") == 1
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "log.txt"}
+
+
+def test_accumulated_batches_give_the_gradient_of_the_whole_one(tmp_path):
+    """Also of the last one of an epoch, whose parts have differing numbers of rows."""
+    options = "--classes 5 6 --test_share 0.26 --optimizer sgd --schedule fixed --learning_rate 0.01 --dropout 0"
+    options += " --num_train_epochs 1 --label_smoothing_factor 0.3"
+    for rows, parts in ((32, 1), (8, 4)):
+        sizes = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {parts} --disable_tqdm true"
+        assert main(["finetune", *options.split(), *sizes.split(), "--output_dir", str(tmp_path / str(rows))]) == 0
+    whole, parts = weights(tmp_path / "32"), weights(tmp_path / "8")
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-5)
+    rows = len(load(parse(options.split())[0], 0).train)
+    assert rows % 32 % 8, "the last batch must not divide evenly, or the test cannot fail"
