@@ -88,6 +88,15 @@ def test_metrics_say_what_the_weights_are(whole):
     assert steps_with(whole, "loss") == list(range(3, 25, 3))
 
 
+def test_the_curves_end_with_the_scores_of_both_sets_of_weights(whole):
+    metrics = metrics_of(whole)
+    last = {key: value for row in metrics["curves"] if row["step"] == 24 for key, value in row.items()}
+    for curve, weights_of in (("eval", "raw"), ("average", "average")):
+        assert last[f"{curve}_accuracy"] == metrics["accuracy"][weights_of]
+        assert last[f"{curve}_loss"] == pytest.approx(metrics["loss"][weights_of], rel=1e-4)
+    assert last["eval_loss"] != pytest.approx(last["average_loss"], rel=1e-3)
+
+
 def test_frozen_stem_keeps_its_pretrained_bits(whole):
     before, after = load_file(EMBEDDED / "model.safetensors"), weights(whole)
     stem = [name for name in before if name.startswith("stem.")]
@@ -96,8 +105,9 @@ def test_frozen_stem_keeps_its_pretrained_bits(whole):
         assert torch.equal(before[name].view(torch.int32), after[name].view(torch.int32)), name
 
 
-def test_same_command_same_bits(whole, tmp_path):
-    assert finetune(tmp_path / "again", "--verify", 0) == 0
+def test_same_command_same_bits_however_often_it_is_evaluated_logged_and_saved(whole, tmp_path):
+    free = ["--verify", 0, "--eval_steps", 5, "--logging_steps", 4, "--save_steps", 7]
+    assert finetune(tmp_path / "again", *free) == 0
     same_bits(whole, tmp_path / "again")
 
 
