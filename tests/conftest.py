@@ -96,3 +96,11 @@ def accelerate_afresh():
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A folder of small pretrained models, one of each kind of starts.py."""
+    from starts import make_checkpoints  # needs transformers
+
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))

@@ -22,7 +22,6 @@ from starts import (
     differing,
     images,
     logits,
-    make_checkpoints,
     refused,
     state_of,
     texts,
@@ -33,12 +32,6 @@ from fuseopt.finetune.data import DataOptions, new_processor
 from fuseopt.finetune.models import save
 from fuseopt.finetune.models.heads import INITS
 from fuseopt.finetune.models.source import EMBEDDED
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
 
 # Heads
 

@@ -18,17 +18,11 @@ from starts import (
     differing,
     images,
     logits,
-    make_checkpoints,
     refused,
     texts,
 )
 
 from fuseopt.finetune.models import save
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,7 +20,6 @@ from starts import (
     differing,
     images,
     logits,
-    make_checkpoints,
     refused,
     state_of,
     texts,
@@ -31,12 +30,6 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from fuseopt.finetune.data import Pixels
 from fuseopt.finetune.folder import write_all
 from fuseopt.finetune.models import save
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
 
 # Small models
 
