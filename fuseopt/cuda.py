@@ -247,7 +247,7 @@ def finish(opt, table, step: plan.Step, rows: list[Tensor] | None) -> None:
         if not isinstance(sums, Sums) or not sums.fits(table):
             sums = Sums(opt, table, sums)
         together = table.sharded or opt.defaults["sharded"]  # then at once: one process alone may ask for the result
-        opt._statistics = sums(opt) if together else sums
+        opt._statistics = sums(opt).read() if together and sums.counts() else sums
     cpu.put_back(opt, table)
 
 

@@ -139,23 +139,33 @@ class Sums:
         mine, other = self.params, table.params()
         return len(mine) == len(other) and all(map(operator.is_, mine, other)) and self.blocks == table.blocks()
 
-    def __call__(self, opt) -> Mapping[str, float]:
-        if self._counts(float(self.memory.control[0])):
-            return self._read(opt)
-        if isinstance(self.before, Sums) and self.before._counts(float(self.first[0])):
-            return self.before._read(opt)
-        if self.before is None or isinstance(self.before, Sums):
-            raise RuntimeError("no statistics were gathered: the steps so far were skipped")
-        return self.before
+    def __call__(self, opt) -> statistics.Statistics:
+        """Those of now, which no later step changes: copies on the GPU, fetched when they are read."""
+        steps, sums, before = self.memory.control[:1].clone(), self.memory.sums.clone(), self.before
+
+        def fetch() -> Mapping[str, float]:
+            if self._counts(float(steps)):
+                return self._values(opt, sums)
+            if isinstance(before, Sums) and before._counts(float(self.first[0])):
+                return before._values(opt, sums)  # a step that is skipped leaves them
+            if before is None or isinstance(before, Sums):
+                raise RuntimeError("no statistics were gathered: the steps so far were skipped")
+            return before
+
+        return statistics.Statistics(fetch)
+
+    def counts(self) -> bool:
+        """Whether one of its steps counted. Waits for the GPU."""
+        return self._counts(float(self.memory.control[0]))
 
     def _counts(self, steps: float) -> bool:
         """Whether one of its steps counted, as so many did in all."""
         before, skipped = self.first.tolist()
         return not skipped or steps > before
 
-    def _read(self, opt) -> Mapping[str, float]:
-        rows = rows_of(self.memory.sums.reshape(-1, statistics.WIDTH), self.blocks)
-        return statistics.result(cpu.total_of(opt, self.params, rows, statistics.WIDTH, self.shared))
+    def _values(self, opt, sums: Tensor) -> Mapping[str, float]:
+        rows = rows_of(sums.reshape(-1, statistics.WIDTH), self.blocks)
+        return statistics.values(cpu.total_of(opt, self.params, rows, statistics.WIDTH, self.shared))
 
 
 def rows_of(sums: Tensor, blocks: list[int]) -> list[tuple[float, ...]]:

@@ -94,7 +94,7 @@ class Pass:
             return {torch.float32: narrow, torch.float64: wide}
         norm = 0.0
         if any(bounds):
-            rows = sums_of(self.rows, self._squares().cpu().numpy()[:, None])
+            rows = sums_of(places_of(self.rows), self._squares().cpu().numpy()[:, None])
             norm = math.sqrt(cpu.total_of(self.opt, self.params, rows, 1, self.shared)[0])
         factors = [clip.factor(bound, norm) for bound in bounds]
         return {kind: self.memory.upload(f"factors {kind}", rounded(factors, kind)) for kind in kinds}
@@ -117,7 +117,7 @@ class Pass:
             counter.fill_(value)
         if asked:  # processes add theirs up at once, as one of them alone may ask for the result
             read = self._statistics(sums)
-            self.opt._statistics = read(self.opt) if self.shared else read
+            self.opt._statistics = read(self.opt).read() if self.shared else read
         self.opt._triton = self.memory
 
     def _launch(self, one: Launch, factors: dict, sums: Tensor) -> None:
@@ -128,20 +128,30 @@ class Pass:
         tensors = one.table, len(one.rows), self.scalars[kind], factors[kind], sums, self.in_sums
         launch(step.step, one.blocks, one.p, *tensors, **constants)
 
-    def _statistics(self, sums: Tensor) -> Callable[[Any], Mapping[str, float]]:
+    def _statistics(self, sums: Tensor) -> Callable[[Any], statistics.Statistics]:
         """What opt.statistics() calls, with the optimizer, once somebody asks. It holds no optimizer itself."""
         own, params, shared = self.rows, self.params, self.shared
 
-        def read(opt) -> Mapping[str, float]:
-            rows = sums_of(own, sums.cpu().numpy().reshape(statistics.WIDTH, -1).T)
-            return statistics.result(cpu.total_of(opt, params, rows, statistics.WIDTH, shared))
+        def read(opt) -> statistics.Statistics:
+            now, places = sums.clone(), places_of(own)  # the next step writes over both
+
+            def fetch() -> Mapping[str, float]:
+                rows = sums_of(places, now.cpu().numpy().reshape(statistics.WIDTH, -1).T)
+                return statistics.values(cpu.total_of(opt, params, rows, statistics.WIDTH, shared))
+
+            return statistics.Statistics(fetch)
 
         return read
 
 
-def sums_of(rows: list[Row], sums: np.ndarray) -> list[tuple[float, ...]]:
+def places_of(rows: list[Row]) -> list[tuple[int, int]]:
+    """(first block, blocks) of each parameter among the sums."""
+    return [(row.values[t.IN_SUMS], row.blocks) for row in rows]
+
+
+def sums_of(places: list[tuple[int, int]], sums: np.ndarray) -> list[tuple[float, ...]]:
     """The sums of each parameter, those of its blocks added up in order."""
-    parts = [sums[row.values[t.IN_SUMS] :][: row.blocks] for row in rows]
+    parts = [sums[first:][:blocks] for first, blocks in places]
     return [tuple(part.cumsum(0)[-1]) if len(part) else (0.0,) * sums.shape[1] for part in parts]
 
 

@@ -7,7 +7,7 @@ which pruning selects, they are of the pass before the selection.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,13 +30,50 @@ def row(g: Tensor, before: Tensor, after: Tensor) -> tuple[float, ...]:
     )
 
 
-def result(total: Sequence[float]) -> dict[str, float]:
-    """The mapping that `opt.statistics()` returns, of the total of the rows."""
+def values(total: Sequence[float]) -> dict[str, float]:
+    """The numbers that `opt.statistics()` gives, of the total of the rows."""
     grad, param, update, zeros, nonfinite = map(float, total)
-    return {
-        "grad_norm": math.sqrt(grad),
-        "param_norm": math.sqrt(param),
-        "update_norm": math.sqrt(update),
-        "zeros": int(zeros),
-        "nonfinite": int(nonfinite),
-    }
+    norms = map(math.sqrt, (grad, param, update))
+    return dict(zip(NAMES, (*norms, int(zeros), int(nonfinite)), strict=True))
+
+
+NAMES = ("grad_norm", "param_norm", "update_norm", "zeros", "nonfinite")
+
+
+class Statistics(Mapping[str, float]):
+    """The statistics of one step by name; later steps do not change them.
+
+    What a GPU has summed up is fetched when a value is first read: by indexing, comparing or printing, not by
+    iterating over the names. That waits for the GPU, and raises RuntimeError if every step so far was skipped.
+    """
+
+    def __init__(self, fetch: Callable[[], Mapping[str, float]]):
+        self._fetch, self._values = fetch, None
+
+    def read(self) -> "Statistics":
+        """Fetch the values now."""
+        if self._values is None:
+            self._values, self._fetch = dict(self._fetch()), None  # lets go of memory on the GPU
+        return self
+
+    def __getitem__(self, name: str) -> float:
+        if name not in NAMES:
+            raise KeyError(f"{name!r} is none of the statistics: {', '.join(NAMES)}")
+        return self.read()._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NAMES)
+
+    def __len__(self) -> int:
+        return len(NAMES)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self):  # a plain dict to pickle and to checkpoints
+        return dict, (dict(self),)
+
+
+def result(total: Sequence[float]) -> Statistics:
+    """What `opt.statistics()` returns where the total of the rows is known."""
+    return Statistics(lambda: values(total))
