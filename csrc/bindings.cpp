@@ -81,4 +81,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return kernels().name; });
   m.def("set_instruction_set", &set_kernels, "For tests: 'portable', 'avx2', 'avx512'.");
   m.def("max_threads", [] { return omp_get_max_threads(); });
+  m.def("pool_lost", &pool_lost, "Whether one thread does everything here: see cpu/threads.h.");
 }

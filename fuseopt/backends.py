@@ -50,7 +50,7 @@ def choose(opt) -> str:
     name = opt.defaults.get("backend")
     if name is not None:
         return name
-    device = _device(opt)
+    device = device_of(opt)
     if device.type == "cpu":
         return "torch" if cpu.native is None else "cpu"
     if device.type == "cuda" and cuda.unfit(device) is None:
@@ -62,7 +62,7 @@ def why(opt) -> str:
     """The reason of that choice."""
     if opt.defaults.get("backend") is not None:
         return "as asked"
-    device = _device(opt)
+    device = device_of(opt)
     if device.type != "cpu":
         unfit = cuda.unfit(device) if device.type == "cuda" else f"there is no compiled kernel for {device.type}"
         reasons = unfit, unfit and triton_driver.why_not(device.type)
@@ -72,7 +72,7 @@ def why(opt) -> str:
     return f"parameters are on the CPU; {cpu.native.instruction_set()}, {cpu.native.max_threads()} threads"
 
 
-def _device(opt) -> torch.device:
+def device_of(opt) -> torch.device:
     """The device that the parameters lie on; checks.py sees to it that it is one."""
     for group in opt.param_groups:
         for p in group["params"]:

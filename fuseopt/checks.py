@@ -167,9 +167,13 @@ def share_memory(tensors: list[Tensor]) -> bool:
     return any(begin < end for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
 
 
+def in_layout(p: Tensor, x: Tensor) -> bool:
+    """Whether x fills its memory, without gaps, in the order of p's dimensions."""
+    a, form = local(x), torch.empty_like(local(p), device="meta")
+    return all(i == j or n <= 1 for i, j, n in zip(a.stride(), form.stride(), a.shape, strict=True)) or a.numel() == 0
+
+
 @torch.no_grad()
 def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
-    """x itself if it fills its memory in the order of p's dimensions, as state does, otherwise a copy that does."""
-    a, form = local(x), torch.empty_like(local(p), device="meta")
-    same = all(i == j or n <= 1 for i, j, n in zip(a.stride(), form.stride(), a.shape, strict=True)) or a.numel() == 0
-    return x if same else torch.empty_like(p, dtype=x.dtype).copy_(x)
+    """x itself if it lies so, as state does, otherwise a copy that does."""
+    return x if in_layout(p, x) else torch.empty_like(p, dtype=x.dtype).copy_(x)

@@ -6,7 +6,7 @@ in double) -> backends (compiled pass or torch reference) -> pruning, if this st
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,13 @@ from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_wh
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
 
-class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.AverageMethods, torch.optim.Optimizer):
+class FusedOptimizer(
+    masking.MaskMethods,
+    pruning.PruneMethods,
+    averages.AverageMethods,
+    explain.ReportMethods,
+    torch.optim.Optimizer,
+):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
     Stage options, by keyword on every class; the first four may differ between parameter groups, and
@@ -213,23 +219,6 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
             return torch.tensor(sum(bool(g.any()) for g in gradients))
 
         return not distributed.Parts(params, self.defaults["sharded"]).total(count)
-
-    # ---- masks, averages, reports ---------------------------------------------------------------
-
-    def statistics(self) -> Mapping[str, float]:
-        """The sums of the last step: grad_norm, param_norm, update_norm, zeros, nonfinite.
-
-        See stages/statistics.py. Raises RuntimeError before the first step, or without statistics=True.
-        """
-        if self._statistics is None:
-            why = "no step has been taken yet" if self.defaults["statistics"] else "pass statistics=True"
-            raise RuntimeError(f"no statistics were gathered: {why}")
-        return self._statistics(self) if callable(self._statistics) else self._statistics  # a GPU's are read now
-
-    def explain(self) -> "explain.Explanation":
-        """What a step does here: backend, tensors and the bytes each stage moves. Prints as a table."""
-        self._validate_options()
-        return explain.Explanation(self)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 

@@ -506,16 +506,18 @@ def test_a_skipped_step_changes_no_statistics():
 
     step(1, 1.0)
     with pytest.raises(RuntimeError, match="skipped"):
-        opt.statistics()
+        dict(opt.statistics())
     step(2, 0.0)
-    seen = dict(opt.statistics())
+    seen, unread = dict(opt.statistics()), opt.statistics()
     step(3, 1.0, left_out=[0])
+    after_it = opt.statistics()
     assert dict(opt.statistics()) == seen
     step(3, 0.0, left_out=[0])
     step(3, 1.0, left_out=[0])  # nobody asked in between
     assert dict(opt.statistics()) != seen
     step(4, 0.0, left_out=[0])
     assert dict(opt.statistics()) != seen
+    assert unread == after_it == seen  # read two steps later
 
 
 def test_an_optimizer_may_leave_the_gpu_and_come_back(monkeypatch):
