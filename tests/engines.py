@@ -102,7 +102,8 @@ def with_everything(engine: str) -> dict:
         opt_of_names.copy_ema_to(other)
     copied = [p.detach() for p in other.parameters()]
     pruned = [whole(opt.prune_mask(p)) for p in params]
-    return {"averages": averages, "pruned": pruned, "copied": copied, "bytes": opt.explain().bytes_per_step}
+    found, said = {"averages": averages, "pruned": pruned, "copied": copied}, opt.explain()
+    return found | {"bytes": said.bytes_per_step, "explained": str(said)}
 
 
 def forwards_around_a_swap(copied: bool) -> dict:

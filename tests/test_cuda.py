@@ -286,7 +286,7 @@ def test_a_step_is_three_launches(tensors, launches):
     run(opt, params, 1)
     before = counter.value
     run(opt, params, 1, first=2)
-    assert counter.value - before == launches
+    assert counter.value - before == launches == sum(row["launches"] for row in opt.explain().launches)
 
 
 def test_statistics_are_of_the_last_step_when_they_are_read():

@@ -54,6 +54,7 @@ def test_mask_clip_prune_and_average(engine, world):
         if "ddp" not in engine:
             assert_close(found["copied"], expected["copied"], "copied average")
         shares += found["bytes"]
+        assert ("this process's part" in found["explained"]) == ("ddp" not in engine)
     if "fsdp2" in engine and world < 4:
         assert shares == pytest.approx(expected["bytes"], rel=0.01)  # each moves its part only
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fuseopt.integrations import unwrap
+from fuseopt.stages.statistics import NAMES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; a test that tries fails at once
 
@@ -23,6 +24,7 @@ NEEDS = {
     "hf_peft": ("transformers", "peft"),
     "hf_trl": ("transformers", "accelerate", "datasets", "trl"),
     "lightning_ema": ("lightning",),
+    "tensorboard": ("tensorboard",),
 }
 
 # The losses of a script's run with another optimizer.
@@ -33,6 +35,7 @@ LOSSES = {
     "hf_peft": lambda script, cls: script["train"](cls)[2],
     "hf_trl": lambda script, cls: script["train"](script["make_trainer"]("trl", cls)),
     "lightning_ema": lambda script, cls: script["train"](optimizer_class=cls)[0].losses,
+    "tensorboard": lambda script, cls: script["train"](cls),
 }
 
 
@@ -177,3 +180,26 @@ def test_peft_steps_and_averages_adapters_alone():
     with optimizer.swap_ema():
         changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert changed == stepped
+
+
+def test_tensorboard_has_the_statistics():
+    script = load("tensorboard", "__main__")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator("runs/loop").Reload()
+    logged = {name: [event.step for event in events.Scalars(f"optimizer/{name}")] for name in NAMES}
+    assert logged == dict.fromkeys(NAMES, [10, 20, 30, 40])
+    assert events.Scalars("optimizer/bytes_per_step")[0].value > 0 < events.Scalars("optimizer/step_seconds")[0].value
+    assert events.Tags()["tensors"] and len(script["losses"]) == 40
+
+
+def test_trainer_logs_the_statistics():
+    script, hf = load("tensorboard"), load("hf_trainer")
+    arguments = hf["arguments"]("run", max_steps=2, save_strategy="no", eval_strategy="no")
+    trainer = script["trainer_with_statistics"](
+        hf["small_model"](), arguments, train_dataset=hf["sequences"](16, 1),
+        optimizer_cls_and_kwargs=(script["fuseopt"].AdamW, {"lr": 1e-3, "statistics": True}),
+    )  # fmt: skip
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["optimizer/update_norm"] > 0 for entry in steps] == [False, True]  # warm-up begins with a rate of 0

@@ -3,6 +3,8 @@
 import ctypes
 import json
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import emulated
@@ -17,6 +19,7 @@ from fuseopt.explain import bandwidth, printing
 from fuseopt.explain.stopwatch import Stopwatch
 from fuseopt.stages import statistics
 
+ROOT = Path(__file__).resolve().parents[1]
 needs_cuda = pytest.mark.skipif(bool(emulated.why_not or cpu.native_error()), reason=str(emulated.why_not))
 needs_triton = pytest.mark.skipif(triton_driver.why_not() is not None, reason=str(triton_driver.why_not()))
 needs_cpu = pytest.mark.skipif(cpu.native_error() is not None, reason="needs the compiled pass")
@@ -41,7 +44,6 @@ CONFIGURATIONS = {
     "several kinds": (several_kinds, {"max_grad_norm": 1.0, "ema": [EMA(0.9), EMA(0.5, dtype="parameter")]}),
     "statistics": (several_kinds, {"statistics": True}),
     "masks": (several_kinds, {"prune": Prune(threshold=0.1), "max_grad_norm": 1.0}),
-    "many tensors": (lambda: [{"params": parameters([(1,)] * 700)}], {"max_grad_norm": 1.0, "ema": EMA(0.9)}),
     "many groups": (lambda: [{"params": [p]} for p in parameters([(2,)] * 40)], {}),
     "in turn": (overlapping, {"max_grad_norm": 1.0}),
 }
@@ -83,13 +85,13 @@ def test_the_launches_are_those_of_the_triton_backend(name, monkeypatch):
 def test_what_a_launch_covers():
     p, q, r = parameters([(5, 3), (7,), (4, 4)])
     groups = [{"params": [("w", p), ("b", q)]}, {"params": [("v", r)], "lr": 0.2}]
-    opt = fuseopt.NAdam(groups, max_grad_norm=1.0, prune=Prune(0.5, begin=3, end=9, every=3))
+    opt = fuseopt.NAdam(groups, max_grad_norm=1.0, prune=Prune(0.1, begin=3, end=9, every=3))
     run(opt, [p, q, r], 1)
     opt.mask("v", torch.tensor(False))
     norm, update, pruning = opt.explain().launches
     assert norm["names"] == update["names"] == ["w", "b"] and pruning["names"] == ["w", "v"]
     assert (update["launches"], update["rules"], update["dtypes"], update["groups"]) == (1, ["nadam"], ["float32"], [0])
-    assert (update["tensors"], update["elements"], pruning["when"]) == (2, 22, "3 to 9 by 3")
+    assert (update["tensors"], update["elements"], pruning["when"]) == (2, 22, "at 3 to 9 by 3")
     opt.mask("w", fn=fuseopt.masks.TopGradient(0.5), every=7)
     assert [row["when"] for row in opt.explain().launches if row["what"] == "mask"] == ["every 7 steps"]
     run(opt, [p, q, r], 8, first=2)
@@ -197,7 +199,7 @@ def test_the_least_time_is_bytes_by_bandwidth_beyond_the_cache(monkeypatch):
     ]:
         monkeypatch.setattr(bandwidth, "cache", lambda device, cache=cache: cache)
         explanation = opt.explain()
-        assert explanation.least_seconds == least and text in str(explanation)
+        assert explanation.least_seconds == least and text in " ".join(str(explanation).split())
         ratio = ", 2.00 times the least." if least else "."
         assert f"The last step took 24.0 ms{ratio}" in str(explanation)
 
@@ -288,7 +290,7 @@ def test_it_prints_within_a_terminal_and_escapes_in_a_notebook(backend):
     opt = fuseopt.AdamW(groups, backend=backend, **options)
     explanation = opt.explain()
     text, html = str(explanation), explanation._repr_html_()
-    assert max(map(len, text.splitlines())) <= printing.WIDTH and repr(explanation) == text
+    assert max(text.splitlines(), key=len)[printing.WIDTH :] == "" and repr(explanation) == text
     assert "... 29 more" in text and "ema_0" not in text and "ema" in text  # of eight there is one column
     assert "&lt;b&gt;layer.0&amp;" in html and "<b>" not in html and html.count("<table>") == 2
     assert html.count("<tr>") == html.count("</tr>") == 2 + len(explanation.launches) + len(explanation.rows) + 1
@@ -333,7 +335,7 @@ def test_a_model_without_memory_can_be_planned():
 def test_statistics_stay_those_of_their_step(backend):
     params = parameters([(40, 30), (7,)])
     opt = fuseopt.AdamW(params, lr=0.1, statistics=True, backend=backend)
-    twin = fuseopt.AdamW(parameters([(40, 30), (7,)]), lr=0.1, statistics=True, backend="torch")
+    twin = fuseopt.AdamW(parameters([(40, 30), (7,)]), lr=0.1, statistics=True, backend=backend)
     run(twin, twin.param_groups[0]["params"], 1)
     expected = dict(twin.statistics())
     run(opt, params, 1)
@@ -341,7 +343,7 @@ def test_statistics_stay_those_of_their_step(backend):
     set_gradients(params, 2, scale=100.0)
     params[1].grad = None  # other blocks
     opt.step()
-    assert dict(unread) == pytest.approx(expected, rel=1e-12) and unread["grad_norm"] < opt.statistics()["grad_norm"]
+    assert unread == expected and unread["grad_norm"] < opt.statistics()["grad_norm"]
 
 
 def test_statistics_are_a_mapping(backend):
@@ -381,3 +383,11 @@ def test_no_value_is_fetched_before_it_is_read(name, monkeypatch):
     twin = parameters([(40,), (7,)])
     reference = fuseopt.AdamW(twin, lr=0.1, max_grad_norm=0.5, statistics=True, backend="torch")
     assert dict(found) == pytest.approx(dict(run(reference, twin, 3).statistics()), rel=1e-6)
+
+
+@needs_cpu
+def test_the_tables_on_the_page_are_what_its_code_prints(capsys):
+    page = (ROOT / "docs" / "pages" / "explain.md").read_text()
+    exec(re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1], {})
+    tables = capsys.readouterr().out.split("\n\n")[1:3]
+    assert len(tables) == 2 and all(table in page for table in tables)

@@ -6,7 +6,7 @@ from textwrap import fill
 from .. import backends
 from . import bandwidth, fallbacks, traffic
 from .launches import launches
-from .printing import WIDTH, Table, duration, number, shortened, size
+from .printing import WIDTH, Table, duration, number, several, shortened, size
 
 
 class Explanation:
@@ -55,10 +55,10 @@ class Explanation:
         return self.bytes_per_step / self.bandwidth
 
     def __str__(self) -> str:
-        head = fill(f"{self.optimizer}, backend {self.backend}: {self.why}", WIDTH)
-        parts = [head, *(table.text() for table in self._tables()), "\n".join(self._times())]
+        times = "\n".join(fill(line, WIDTH) for line in self._times())
         notes = "\n".join(fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ") for note in self.notes)
-        return "\n\n".join([*parts, notes] if notes else parts)
+        parts = [fill(self._head(), WIDTH), *(table.text() for table in self._tables()), times, notes]
+        return "\n\n".join(filter(None, parts))
 
     __repr__ = __str__
 
@@ -66,9 +66,12 @@ class Explanation:
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
         times = "<br>".join(map(escape, self._times()))
         return (
-            f"<div><p>{escape(f'{self.optimizer}, backend {self.backend}: {self.why}')}</p>"
+            f"<div><p>{escape(self._head())}</p>"
             f"{''.join(table.html() for table in self._tables())}<p>{times}</p><ul>{notes}</ul></div>"
         )
+
+    def _head(self) -> str:
+        return f"{self.optimizer}, backend {self.backend}: {self.why}"
 
     def _tables(self) -> list[Table]:
         streams = _bytes_table(self.rows, each=True)
@@ -101,27 +104,28 @@ class Explanation:
 
 
 def _launch_table(rows: list[dict]) -> Table:
-    head = ("pass", "launches", "when", "rule", "dtype", "group", "tensors", "elements")
+    head = ("pass", "launches", "rule", "dtype", "group", "tensors", "elements")
     cells = [
         (
             row["what"],
-            "-" if row["launches"] is None else str(row["launches"]),
-            row["when"],
-            shortened(row["rules"], 14),
-            shortened(row["dtypes"], 17),
-            shortened(list(map(str, row["groups"])), 12),
+            row["when"] if row["launches"] is None else f"{row['launches']} a step",
+            several(row["rules"], "rules"),
+            several(row["dtypes"], "dtypes"),
+            several(list(map(str, row["groups"])), "groups"),
             str(row["tensors"]),
             f"{row['elements']:,}",
         )
         for row in rows
     ]
-    left = frozenset({"pass", "when", "rule", "dtype", "group", "parameters"})
-    title = "Launches, and what each covers"
-    if any(row["names"] for row in rows):
-        used = max(map(len, Table("", head, cells, left).text().splitlines()))
-        names = [shortened(row["names"], max(12, WIDTH - used - 2)) for row in rows]
+    left = frozenset({"pass", "launches", "rule", "dtype", "group", "parameters"})
+    room = WIDTH - 2 - max(map(len, Table("", head, cells, left).text().splitlines()))
+    if any(row["names"] for row in rows) and room >= LEAST_ROOM:
+        names = [shortened(row["names"], room) for row in rows]
         head, cells = (*head, "parameters"), [(*line, name) for line, name in zip(cells, names, strict=True)]
-    return Table(title, head, cells, left)
+    return Table("Launches, and what each covers", head, cells, left)
+
+
+LEAST_ROOM = 16  # for names
 
 
 def _bytes_table(rows: list[dict], each: bool) -> Table:

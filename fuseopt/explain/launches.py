@@ -122,6 +122,7 @@ def _selected(opt, members: list[Member]) -> list[dict]:
         options = some[0].options["prune"]
         end = options["end"] or options["begin"]
         if t <= end:
-            when = f"step {end}" if t + options["every"] > end else f"{options['begin']} to {end} by {options['every']}"
+            begin, each = options["begin"], options["every"]
+            when = f"at step {end}" if max(t, begin) + each > end else f"at {begin} to {end} by {each}"
             found.append(_row("prune", None, some, when))
     return found

@@ -45,6 +45,12 @@ def shortened(names: Sequence[str], width: int) -> str:
     return names[0][:cut] + ".." + more if names else ""
 
 
+def several(words: Sequence[str], what: str) -> str:
+    """The words, or how many there are where they are long."""
+    text = ", ".join(words)
+    return text if len(words) < 2 or len(text) <= 12 else f"{len(words)} {what}"
+
+
 def number(x: float) -> str:
     """Up to three decimals, without trailing zeros."""
     return f"{x:.3f}".rstrip("0").rstrip(".")
