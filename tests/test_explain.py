@@ -14,7 +14,7 @@ from cases import BF16, F16, F64, parameters, run, set_gradients
 from torch.nn import Parameter
 
 import fuseopt
-from fuseopt import EMA, Prune, cpu, cuda, triton_driver
+from fuseopt import EMA, Prune, backends, cpu, cuda, triton_driver
 from fuseopt.explain import bandwidth, printing
 from fuseopt.explain.stopwatch import Stopwatch
 from fuseopt.stages import statistics
@@ -178,6 +178,7 @@ def test_a_process_without_its_threads_says_so(monkeypatch):
 
 def test_a_missing_compiler_is_the_reason(monkeypatch):
     monkeypatch.setattr(cpu, "native", None)
+    monkeypatch.setattr(backends, "_warned", True)
     monkeypatch.setattr(cpu, "why_not", "the compiled module is missing; install a C++ compiler")
     explanation = fuseopt.AdamW(parameters([(3,)])).explain()
     assert explanation.backend == "torch" and "install a C++ compiler" in str(explanation)
@@ -380,6 +381,9 @@ def test_no_value_is_fetched_before_it_is_read(name, monkeypatch):
         assert list(found) == list(statistics.NAMES)
         with pytest.raises(TypeError, match="not callable"):
             found["grad_norm"]
+    set_gradients(params, 4)
+    params[0].grad = None
+    opt.step()
     twin = parameters([(40,), (7,)])
     reference = fuseopt.AdamW(twin, lr=0.1, max_grad_norm=0.5, statistics=True, backend="torch")
     assert dict(found) == pytest.approx(dict(run(reference, twin, 3).statistics()), rel=1e-6)

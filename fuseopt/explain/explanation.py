@@ -6,7 +6,7 @@ from textwrap import fill
 from .. import backends
 from . import bandwidth, fallbacks, traffic
 from .launches import launches
-from .printing import WIDTH, Table, duration, number, several, shortened, size
+from .printing import WIDE, WIDTH, Table, duration, number, several, shortened, size
 
 
 class Explanation:
@@ -57,7 +57,7 @@ class Explanation:
     def __str__(self) -> str:
         times = "\n".join(fill(line, WIDTH) for line in self._times())
         notes = "\n".join(fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ") for note in self.notes)
-        parts = [fill(self._head(), WIDTH), *(table.text() for table in self._tables()), times, notes]
+        parts = [fill(self._head(), WIDTH), *(table.text() for table in self._tables(WIDTH)), times, notes]
         return "\n\n".join(filter(None, parts))
 
     __repr__ = __str__
@@ -67,17 +67,17 @@ class Explanation:
         times = "<br>".join(map(escape, self._times()))
         return (
             f"<div><p>{escape(self._head())}</p>"
-            f"{''.join(table.html() for table in self._tables())}<p>{times}</p><ul>{notes}</ul></div>"
+            f"{''.join(table.html() for table in self._tables(WIDE))}<p>{times}</p><ul>{notes}</ul></div>"
         )
 
     def _head(self) -> str:
         return f"{self.optimizer}, backend {self.backend}: {self.why}"
 
-    def _tables(self) -> list[Table]:
+    def _tables(self, width: int) -> list[Table]:
         streams = _bytes_table(self.rows, each=True)
-        if max(map(len, streams.text().splitlines()[1:])) > WIDTH:
+        if streams.width() > width:
             streams = _bytes_table(self.rows, each=False)
-        return [_launch_table(self.launches), streams] if self.rows else []
+        return [_launch_table(self.launches, width), streams] if self.rows else []
 
     def _times(self) -> list[str]:
         least, moved = self.least_seconds, f"A step reads and writes {size(self.bytes_per_step)}"
@@ -103,7 +103,7 @@ class Explanation:
         return f"The last step took {duration(self.last_seconds)}{ratio}."
 
 
-def _launch_table(rows: list[dict]) -> Table:
+def _launch_table(rows: list[dict], width: int) -> Table:
     head = ("pass", "launches", "rule", "dtype", "group", "tensors", "elements")
     cells = [
         (
@@ -118,7 +118,7 @@ def _launch_table(rows: list[dict]) -> Table:
         for row in rows
     ]
     left = frozenset({"pass", "launches", "rule", "dtype", "group", "parameters"})
-    room = WIDTH - 2 - max(map(len, Table("", head, cells, left).text().splitlines()))
+    room = width - 2 - Table("", head, cells, left).width()
     if any(row["names"] for row in rows) and room >= LEAST_ROOM:
         names = [shortened(row["names"], room) for row in rows]
         head, cells = (*head, "parameters"), [(*line, name) for line, name in zip(cells, names, strict=True)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 100  # columns of a terminal
+WIDTH, WIDE = 100, 160  # columns of a terminal, of a notebook
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Table:
         flush = [str.ljust if name in self.left else str.rjust for name in self.head]
         cells = [[put(cell, w) for put, cell, w in zip(flush, line, widths, strict=True)] for line in lines]
         return "\n".join([self.title, *("  " + "  ".join(line).rstrip() for line in cells)])
+
+    def width(self) -> int:
+        """Columns that the text takes, but for the title."""
+        return max(map(len, self.text().splitlines()[1:]))
 
     def html(self) -> str:
         sides = ["left" if name in self.left else "right" for name in self.head]
