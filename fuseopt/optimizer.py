@@ -138,6 +138,7 @@ class FusedOptimizer(
         super().add_param_group(param_group)
         drop_whole(param_group)
         self._statistics = None
+        self.__dict__.setdefault("_stopwatch", None)
         self.__dict__.setdefault("_swapped", [])
         self.__dict__.setdefault("_tracked", [])
 
@@ -149,6 +150,7 @@ class FusedOptimizer(
         super().__setstate__(state)
         # Not class attributes: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
         self.__dict__.setdefault("_statistics", None)
+        self.__dict__.setdefault("_stopwatch", None)
         self.__dict__.setdefault("_placeholders", {})
         self.__dict__.setdefault("_dynamic", [])
         self.__dict__.setdefault("_swapped", [])  # the average that swap_ema has in

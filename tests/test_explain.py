@@ -1,5 +1,6 @@
 """What `explain()` says is what a step does; `statistics()` keeps the step it was taken from and waits for no GPU."""
 
+import copy
 import ctypes
 import json
 import pickle
@@ -29,9 +30,9 @@ needs_cpu = pytest.mark.skipif(cpu.native_error() is not None, reason="needs the
 
 
 def several_kinds() -> list[dict]:
-    """Two dtypes, three rules' options, empty tensors, groups without any."""
+    """Dtypes, one of them of an empty tensor alone; two rules; empty tensors and groups."""
     a, b, c = parameters([(5, 3), (7,), (0, 2)]), parameters([(4,)] * 3, BF16), parameters([(6, 6)], F64)
-    return [{"params": a + b}, {"params": [], "lr": 0.2}, {"params": c, "amsgrad": True}]
+    return [{"params": a + b}, {"params": [], "lr": 0.2}, {"params": c + parameters([(0,)], F16), "amsgrad": True}]
 
 
 def overlapping() -> list[dict]:
@@ -395,3 +396,13 @@ def test_the_tables_on_the_page_are_what_its_code_prints(capsys):
     exec(re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1], {})
     tables = capsys.readouterr().out.split("\n\n")[1:3]
     assert len(tables) == 2 and all(table in page for table in tables)
+
+
+def test_a_copy_is_not_timed():
+    """Nor does the copy's step reach the original's watch."""
+    params = parameters([(3,)])
+    opt = run(fuseopt.SGD(params, lr=0.1), params, 1)
+    opt.time_steps()
+    for made in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        run(made, made.param_groups[0]["params"], 1)
+        assert not made.explain().timed and opt.explain().last_seconds is None

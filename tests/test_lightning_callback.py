@@ -167,3 +167,4 @@ def test_lightning_refuses_at_the_start_what_has_no_average(pl, options):
 def test_lightnings_wrapper_gives_the_statistics_of_the_step(pl):
     module, trainer = lightning_run(pl, [], statistics=True)
     assert len(module.statistics) == 4 and module.statistics[-1] == trainer.optimizers[0].statistics()["grad_norm"]
+    assert module.optimizers().explain().bytes_per_step == trainer.optimizers[0].explain().bytes_per_step > 0

@@ -11,9 +11,10 @@ from .stopwatch import Stopwatch
 class ReportMethods:
     """What FusedOptimizer says of its steps."""
 
-    _stopwatch: Stopwatch | None = None
-    _statistics: Any = None
-    defaults: dict
+    # Of the instance, which optimizer.py makes: see __setstate__ there.
+    _stopwatch: Stopwatch | None
+    _statistics: Any
+    defaults: dict[str, Any]
 
     def statistics(self) -> Statistics:
         """The sums of the last step, as a mapping: grad_norm, param_norm, update_norm, zeros, nonfinite.
