@@ -82,6 +82,8 @@ def _device(opt) -> torch.device:
 
 def begin(opt) -> plan.Step | None:
     """The optimizer's next step; None if found_inf says that it is skipped. Raises for a grad_scale of 0."""
+    if step := cpu.again(opt):
+        return step
     name = choose(opt) if any(group["params"] for group in opt.param_groups) else "torch"  # nothing to step
     on_gpu, captured = name == "cuda", name != "cpu" and cuda.capturing()
     if captured and not on_gpu:
@@ -107,9 +109,14 @@ def begin(opt) -> plan.Step | None:
 
 def run(opt, step: plan.Step) -> None:
     """Run a step, whole or not at all, on the backend that `choose` picks, and count it in the groups."""
+    if step.specs:
+        if _pass(cpu, opt, step):
+            return
+        opt._kept = None  # something is to be made, or to be said
+        step = begin(opt)
     of_buffers = buffers.updates(opt, step)
     engine = ENGINES.get(step.backend)
-    if engine and _steady_step(engine, opt, step, of_buffers):
+    if engine and _only_passes(engine, opt, step) and _pass(engine, opt, step, of_buffers):
         return
     if step.captured:
         raise RuntimeError(cuda.WARM_UP)
@@ -175,18 +182,21 @@ def _fills_placeholders(opt, step: plan.Step) -> bool:
     return bool(keys) and any(plan.fills_placeholder(opt, gs, p) for gs, p in plan.stepped(step))
 
 
-def _steady_step(engine, opt, step: plan.Step, of_buffers: list[Iterable]) -> bool:
-    """Run the step if the compiled pass is all of it, in one call so that no interrupt falls between its writes;
-    False, and nothing done, if something is to be made, copied, selected or summed up around it."""
+def _only_passes(engine, opt, step: plan.Step) -> bool:
+    """Whether nothing is to be made, selected or summed up around the compiled pass, so far as Python can tell."""
     on_gpu = engine is cuda
     if (opt.defaults["statistics"] and not on_gpu) or any(gs.sparsity is not None for gs in step.groups):
         return False
     if cuda.has_new_moments(opt, step) if on_gpu else _fills_placeholders(opt, step):
         return False
-    if plan.without_prune_mask(opt, step) or masking.todo(opt, step):
-        return False
+    return not plan.without_prune_mask(opt, step) and not masking.todo(opt, step)
+
+
+def _pass(engine, opt, step: plan.Step, of_buffers: Iterable[Iterable] = ()) -> bool:
+    """Run a step that is the compiled pass alone, in one call so that no interrupt falls between its writes; False,
+    and nothing done, if the pass cannot take the tensors as they are."""
     table, problems = engine.gather(opt, step, {})
-    if problems or (on_gpu and not opt._memory.has_room(opt, table)):
+    if problems or (engine is cuda and not opt._memory.has_room(opt, table)):
         engine.put_back(opt, table)
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
@@ -194,6 +204,8 @@ def _steady_step(engine, opt, step: plan.Step, of_buffers: list[Iterable]) -> bo
     run = map(table.run, *((x,) for x in arguments))
     at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, count, *engine.notes(opt, step))
     engine.finish(opt, table, step, None)
+    if engine is cpu and not step.specs:
+        cpu.keep(opt, step, table)
     return True
 
 

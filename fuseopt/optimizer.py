@@ -41,6 +41,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
     # Remade on demand after unpickling or deepcopy, which keep defaults, state and groups alone.
     _stage_defaults: dict | None = None
     _table = None
+    _kept = None  # of the last step, for the next; see cpu.py
     _valid: list | None = None  # the groups' stage options when they were last validated
     _fused_asked = False
 
@@ -159,7 +160,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         ema_state.find_placeholders(self, untouched and steps == 0)
 
     def _steps(self) -> int:
-        return max((group.get("steps", 0) for group in self.param_groups), default=0)
+        return max([group.get("steps", 0) for group in self.param_groups], default=0)
 
     def _validate_options(self) -> None:
         """Validate stage options that were edited in param_groups, and make plain data of them."""

@@ -44,8 +44,10 @@ class Step:
     """The step number `t` (from 1) of an optimizer and its groups' scalars.
 
     backend: which runs it. amp: (found_inf, grad_scale) where its kernels read them on the GPU. captured: a graph
-    captures this step.
+    captures this step. specs: the groups as the compiled module reads them, where those of the step before still hold.
     """
+
+    specs: list | None = None
 
     def __init__(self, opt, t: int, inv_grad_scale: float, backend: str = "cpu", amp=(None, None), captured=False):
         self.t = t
