@@ -196,13 +196,18 @@ def _pass(engine, opt, step: plan.Step, of_buffers: Iterable[Iterable] = ()) -> 
     """Run a step that is the compiled pass alone, in one call so that no interrupt falls between its writes; False,
     and nothing done, if the pass cannot take the tensors as they are."""
     table, problems = engine.gather(opt, step, {})
+    new = cpu.new_states(opt, step, problems) if problems and engine is cpu else {}
+    if new:
+        cpu.put_back(opt, table)
+        table, problems = cpu.gather(opt, step, dict.fromkeys(new, (None, True, None)), new)
     if problems or (engine is cuda and not opt._memory.has_room(opt, table)):
         engine.put_back(opt, table)
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     arguments = engine.arguments(opt, table, step, engine.norm(opt, table, step))
     run = map(table.run, *((x,) for x in arguments))
-    at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, count, *engine.notes(opt, step))
+    keep = map(dict.update, (opt.state,), (new,))
+    at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, keep, count, *engine.notes(opt, step))
     engine.finish(opt, table, step, None)
     if engine is cpu and not step.specs:
         cpu.keep(opt, step, table)
@@ -212,7 +217,7 @@ def _pass(engine, opt, step: plan.Step, of_buffers: Iterable[Iterable] = ()) -> 
 @torch.no_grad()
 def _compiled_update(engine, opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     table, problems = engine.gather(opt, step, {})
-    wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
+    wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i, _ in problems]
     if _fills_placeholders(opt, step):
         unread = {id(p) for _, p in wanting}
         wanting = [(gs, p) for gs, p in plan.stepped(step) if id(p) in unread or plan.fills_placeholder(opt, gs, p)]

@@ -52,8 +52,10 @@ def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple
     )
 
 
-def gather(opt, step: plan.Step, replaced: dict) -> tuple:
+def gather(opt, step: plan.Step, replaced: dict, new: dict | None = None) -> tuple:
     """(table, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says.
+
+    new: state that is not yet among the optimizer's.
 
     The step has it to itself until `put_back`: the interpreter's lock is open while it runs, and another thread
     may step the same optimizer.
@@ -61,7 +63,17 @@ def gather(opt, step: plan.Step, replaced: dict) -> tuple:
     table = opt.__dict__.pop("_table", None)
     if not isinstance(table, native.TensorTable):  # none yet, or a GPU's, where the parameters were before
         table = native.TensorTable()
-    return table, table.gather(step.specs or specs(step), opt.state, replaced, step.inv_grad_scale)
+    state = {**opt.state, **new} if new else opt.state
+    return table, table.gather(step.specs or specs(step), state, replaced, step.inv_grad_scale)
+
+
+def new_states(opt, step: plan.Step, problems: list[tuple[int, int, bool]]) -> dict[Tensor, dict[str, Tensor]]:
+    """The state of the parameters that `gather` could not take, if that is all they lack and the pass fills it; or {}."""
+    if not all(new for _, _, new in problems) or any(gs.due != gs.emas for gs in step.groups):
+        return {}
+    plan.check_devices(opt)
+    groups = step.groups
+    return plan.new_states(opt, [(groups[k], groups[k].group["params"][i]) for k, i, _ in problems])
 
 
 def specs(step: plan.Step) -> list[tuple]:

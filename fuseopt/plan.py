@@ -100,6 +100,36 @@ def device_lr(group: dict) -> Tensor | None:
     return lr if params and lr.device == local(params[0]).device else None
 
 
+CPU = torch.device("cpu")
+
+
+def new_counter(key: str, home: torch.device) -> Tensor:
+    """As torch's: 0-dim, fp32 unless fp64 is the default type."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return (torch.ones if key == "mu_product" else torch.zeros)((), dtype=dtype, device=home)
+
+
+def new_moment(opt, p: Tensor) -> Tensor:
+    start = opt.initial(opt.defaults)
+    return torch.full_like(p, start) if start else torch.zeros_like(p)
+
+
+def new_average(options: dict, p: Tensor) -> Tensor:
+    return torch.full_like(p, torch.nan, dtype=ema.dtype_of(options, p))
+
+
+def new_states(opt, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
+    """The whole state of plain CPU parameters that have none; not yet the optimizer's."""
+    made = {}
+    with torch._C.DisableTorchFunction():  # a default device costs a microsecond a call
+        for gs, p in wanting:
+            entries = {key: new_counter(key, CPU) for key in gs.counters}
+            entries |= {key: new_moment(opt, p) for key in gs.slots}
+            entries |= {key: new_average(one, p) for key, one in zip(gs.emas, gs.group["ema"], strict=True)}
+            made[p] = entries
+    return made
+
+
 @torch.no_grad()
 def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     """Make what p's state lacks and mend its layout; True if the moments are new.
@@ -107,23 +137,21 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     Averages start at NaN and are noted in opt._placeholders; see "no value yet" in stages/ema.py.
     """
     state = opt.state[p]
-    home = p.device if opt._on_gpu else torch.device("cpu")
+    home = p.device if opt._on_gpu else CPU
     for key in opt.counters(group):
-        if key not in state:  # torch: 0-dim, fp32 unless fp64 is the default type
-            double = torch.get_default_dtype() == torch.float64
-            start = 1.0 if key == "mu_product" else 0.0
-            state[key] = torch.tensor(start, dtype=torch.float64 if double else torch.float32, device=home)
+        if key not in state:
+            state[key] = new_counter(key, home)
         elif state[key].device != home:
             state[key] = state[key].to(home)
     fresh = False
     for key in opt.slots(group):
         if state.get(key) is None:
-            state[key] = torch.full_like(p, opt.initial(opt.defaults), memory_format=torch.preserve_format)
+            state[key] = new_moment(opt, p)
             fresh = True
     names = ema.names(group) if averages else ()
     for key, options in zip(names, group["ema"]) if averages else ():
         if key not in state:
-            state[key] = torch.full_like(p, torch.nan, dtype=ema.dtype_of(options, p))
+            state[key] = new_average(options, p)
             opt._placeholders.setdefault(key, set()).add(p)
     for key in (*opt.slots(group), *names):
         state[key] = in_layout_of(p, state[key])
