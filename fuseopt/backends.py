@@ -109,7 +109,7 @@ def begin(opt) -> plan.Step | None:
 
 def run(opt, step: plan.Step) -> None:
     """Run a step, whole or not at all, on the backend that `choose` picks, and count it in the groups."""
-    if step.specs:
+    if step.holds:
         if _pass(cpu, opt, step):
             return
         opt._kept = None  # something is to be made, or to be said
@@ -209,7 +209,7 @@ def _pass(engine, opt, step: plan.Step, of_buffers: Iterable[Iterable] = ()) -> 
     keep = map(dict.update, (opt.state,), (new,))
     at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, keep, count, *engine.notes(opt, step))
     engine.finish(opt, table, step, None)
-    if engine is cpu and not step.specs:
+    if engine is cpu and not step.holds:
         cpu.keep(opt, step, table)
     return True
 

@@ -1,6 +1,7 @@
 """The compiled module: how it is loaded, the table of live tensors that it steps, and its ranking of weights."""
 
 import math
+from operator import itemgetter
 from types import ModuleType, NoneType
 
 import numpy as np
@@ -38,6 +39,9 @@ def native_error() -> str | None:
     return why_not
 
 
+_stage_scalars = itemgetter(*schema.STAGE_SCALARS)
+
+
 def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple, emas: tuple) -> tuple:
     """A group as csrc/tensor_table.cpp reads it."""
     return (
@@ -47,7 +51,7 @@ def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple
         counters,
         emas,
         gs.hyper,
-        tuple(gs.stage[name] for name in schema.STAGE_SCALARS),
+        _stage_scalars(gs.stage),
         gs.group["max_grad_norm"] or 0.0,
     )
 
@@ -63,12 +67,13 @@ def gather(opt, step: plan.Step, replaced: dict, new: dict | None = None) -> tup
     table = opt.__dict__.pop("_table", None)
     if not isinstance(table, native.TensorTable):  # none yet, or a GPU's, where the parameters were before
         table = native.TensorTable()
+    step.specs = step.specs or specs(step)
     state = {**opt.state, **new} if new else opt.state
-    return table, table.gather(step.specs or specs(step), state, replaced, step.inv_grad_scale)
+    return table, table.gather(step.specs, state, replaced, step.inv_grad_scale)
 
 
 def new_states(opt, step: plan.Step, problems: list[tuple[int, int, bool]]) -> dict[Tensor, dict[str, Tensor]]:
-    """The state of the parameters that `gather` could not take, if that is all they lack and the pass fills it; or {}."""
+    """State for the parameters that `gather` could not take, if they lack nothing else and the pass fills it; or {}."""
     if not all(new for _, _, new in problems) or any(gs.due != gs.emas for gs in step.groups):
         return {}
     plan.check_devices(opt)
@@ -78,7 +83,12 @@ def new_states(opt, step: plan.Step, problems: list[tuple[int, int, bool]]) -> d
 
 def specs(step: plan.Step) -> list[tuple]:
     """All groups, for table.gather."""
-    return [spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages()) for gs in step.groups]
+    return [whole(gs) for gs in step.groups]
+
+
+def whole(gs: plan.GroupStep) -> tuple:
+    """A group with all of its parameters."""
+    return spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages())
 
 
 def put_back(opt, table) -> None:
@@ -190,7 +200,7 @@ def keep(opt, step: plan.Step, table) -> None:
     if table.sharded or opt.defaults["sharded"] or opt.defaults["statistics"] or _has_more(opt):
         return
     if all(_holds(gs, step.t) for gs in step.groups):
-        step.specs = specs(step)
+        step.holds = True
         opt._kept = Kept(opt, step)
 
 
@@ -207,7 +217,7 @@ def again(opt) -> plan.Step | None:
         gs = plan.group_step(opt, opt.param_groups[k], t, 1.0)
         if not _holds(gs, t):
             return None
-        step.groups[k], step.specs[k] = gs, spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages())
+        step.groups[k], step.specs[k] = gs, whole(gs)
         kept.copies[k] = now  # last: another thread may step the same optimizer
     step.t = t
     return step

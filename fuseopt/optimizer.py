@@ -4,7 +4,6 @@ class in rules/ -> FusedOptimizer.step (closure, step count) -> plan.Step (check
 in double) -> backends (compiled pass or torch reference) -> pruning, if this step selects.
 """
 
-import copy
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,17 @@ import torch
 from torch import Tensor
 
 from . import averages, backends, checkpoint, cuda_memory, distributed, ema_state, explain, masking, plan, pruning
-from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
+from .options import (
+    GROUP_OPTIONS,
+    WHOLE_OPTIONS,
+    StageOptions,
+    Unpack,
+    drop_whole,
+    fill_in,
+    normalise,
+    refuse_differentiable,
+    snapshot,
+)
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
@@ -82,8 +91,11 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         raise NotImplementedError
 
     @staticmethod
-    def initial(defaults: dict) -> float:
-        """The value that new moments start from; as in torch, the constructor's, whatever a group says."""
+    def initial(defaults: dict) -> float | None:
+        """The value that new moments start from; as in torch, the constructor's, whatever a group says.
+
+        None: the first pass writes them whatever they hold, and zeros where no pass follows at once.
+        """
         return 0.0
 
     @staticmethod
@@ -124,10 +136,9 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
             for name in WHOLE_OPTIONS:
                 if param_group.get(name, self.defaults[name]) != self.defaults[name]:
                     raise ValueError(f"{name!r} belongs to the optimizer, not to a parameter group; pass it by keyword")
-            for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
-                if name in self.defaults:
-                    param_group.setdefault(name, copy.deepcopy(self.defaults[name]))
+            fill_in(param_group, self.defaults)
             normalise(param_group)
+            self._valid = [*(self._valid or ()), snapshot(param_group)]
             cuda_memory.settle(self)
             param_group["steps"] = self._steps()  # not what another optimizer left in the caller's dict
         super().add_param_group(param_group)
@@ -149,9 +160,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         self.__dict__.setdefault("_swapped", [])  # the average that swap_ema has in
         self.__dict__.setdefault("_tracked", [])  # the buffers that are averaged
         for group in self.param_groups:
-            for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
-                if name in self.defaults:
-                    group.setdefault(name, copy.deepcopy(self.defaults[name]))
+            fill_in(group, self.defaults)
             drop_whole(group)
         untouched = all(group.get("steps") == 0 for group in self.param_groups)  # torch's say nothing
         steps = max(self._steps(), checkpoint.steps_of(self))  # torch keeps our count and does not advance it
@@ -172,7 +181,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
             normalise(options)
         for group, options in zip(self.param_groups, edited, strict=True):
             group.update(options)
-        self._valid = [tuple(copy.deepcopy(options).values()) for options in edited]
+        self._valid = list(map(snapshot, edited))
 
     # ---- the step -------------------------------------------------------------------------------
 

@@ -44,10 +44,12 @@ class Step:
     """The step number `t` (from 1) of an optimizer and its groups' scalars.
 
     backend: which runs it. amp: (found_inf, grad_scale) where its kernels read them on the GPU. captured: a graph
-    captures this step. specs: the groups as the compiled module reads them, where those of the step before still hold.
+    captures this step. specs: the groups as the compiled module reads them, once it has. holds: the groups are those of
+    an earlier step; see cpu.again.
     """
 
     specs: list | None = None
+    holds = False
 
     def __init__(self, opt, t: int, inv_grad_scale: float, backend: str = "cpu", amp=(None, None), captured=False):
         self.t = t
@@ -111,7 +113,7 @@ def new_counter(key: str, home: torch.device) -> Tensor:
 
 def new_moment(opt, p: Tensor) -> Tensor:
     start = opt.initial(opt.defaults)
-    return torch.full_like(p, start) if start else torch.zeros_like(p)
+    return torch.full_like(p, start) if start else torch.zeros_like(p)  # quicker
 
 
 def new_average(options: dict, p: Tensor) -> Tensor:
@@ -119,14 +121,19 @@ def new_average(options: dict, p: Tensor) -> Tensor:
 
 
 def new_states(opt, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
-    """The whole state of plain CPU parameters that have none; not yet the optimizer's."""
-    made = {}
+    """The whole state of plain CPU parameters that have none, before their first pass; not yet the optimizer's."""
+    made, counters, unread = {}, {}, opt.initial(opt.defaults) is None
     with torch._C.DisableTorchFunction():  # a default device costs a microsecond a call
         for gs, p in wanting:
-            entries = {key: new_counter(key, CPU) for key in gs.counters}
-            entries |= {key: new_moment(opt, p) for key in gs.slots}
-            entries |= {key: new_average(one, p) for key, one in zip(gs.emas, gs.group["ema"], strict=True)}
-            made[p] = entries
+            entries = made[p] = {}
+            for key in gs.counters:
+                if key not in counters:
+                    counters[key] = new_counter(key, CPU)
+                entries[key] = counters[key].clone()
+            for key in gs.slots:
+                entries[key] = torch.empty_like(p) if unread else new_moment(opt, p)
+            for key, options in zip(gs.emas, gs.group["ema"]):
+                entries[key] = new_average(options, p)
     return made
 
 
