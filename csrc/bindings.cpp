@@ -90,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
   watch_forks();
   m.doc() = "fuseopt's compiled CPU step.";
   bind_table(m, true)
+      .def("shares_memory", [](TensorTable& t) { return t.in_order = overlapping(t); }, "Whether parameters overlap.")
       .def("squares", &squares, "The sum of squares of each parameter's gradient, as rows of one.")
       .def("run", &run, "One step; returns a row of sums for each parameter, or no rows.", py::arg("norm"), py::arg("statistics"))
       .def("histogram", &histogram)

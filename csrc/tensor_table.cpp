@@ -60,7 +60,7 @@ Group read_group(PyObject* spec, double inv_grad_scale) {
   return group;
 }
 
-// Looks names up in a dict that mostly holds them in the order asked for: then without hashing.
+// Looks keys up in a dict that mostly holds them in the order asked for: then without hashing.
 class Cursor {
  public:
   explicit Cursor(PyObject* dict) : dict_(dict) { advance(); }
@@ -263,6 +263,7 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
   release();
   trail_.restart();
   const bool any_replaced = PyDict_Size(grads) > 0;
+  Cursor replacements(grads);
   // Walk the state beside the parameters: hashing a tensor calls Python, and the order mostly agrees.
   Py_ssize_t position = 0;
   PyObject *next_param = nullptr, *next_state = nullptr;
@@ -278,7 +279,7 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
         own = next_state;
         if (!PyDict_Next(state, &position, &next_param, &next_state)) next_param = nullptr;
       }
-      PyObject* replacement = any_replaced ? PyDict_GetItemWithError(grads, param) : nullptr;
+      PyObject* replacement = any_replaced ? replacements.find(param) : nullptr;
       sharded = sharded || is_dtensor(param);
       if (!gather_one(param, own, state, replacement, spec, int(k), first)) 
         problems.push_back({int(k), int(i), is_new_});

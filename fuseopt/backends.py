@@ -200,14 +200,16 @@ def _pass(engine, opt, step: plan.Step, of_buffers: Iterable[Iterable] = ()) -> 
     if new:
         cpu.put_back(opt, table)
         table, problems = cpu.gather(opt, step, dict.fromkeys(new, (None, True, None)), new)
+        # An average begins as the weights are after the step, which may go over the same memory again.
+        problems = problems or (any(gs.emas for gs in step.groups) and table.shares_memory())
     if problems or (engine is cuda and not opt._memory.has_room(opt, table)):
         engine.put_back(opt, table)
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     arguments = engine.arguments(opt, table, step, engine.norm(opt, table, step))
-    run = map(table.run, *((x,) for x in arguments))
-    keep = map(dict.update, (opt.state,), (new,))
-    at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, keep, count, *engine.notes(opt, step))
+    written = map(table.mark_written, (cpu.increment_version,))
+    made = [map(dict.update, (opt.state,), (new,))] if new else []
+    at_once(map(table.run, *zip(arguments)), written, *of_buffers, *made, count, *engine.notes(opt, step))
     engine.finish(opt, table, step, None)
     if engine is cpu and not step.holds:
         cpu.keep(opt, step, table)

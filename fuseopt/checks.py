@@ -167,9 +167,14 @@ def share_memory(tensors: list[Tensor]) -> bool:
     return any(begin < end for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
 
 
-@torch.no_grad()
 def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
     """x itself if it fills its memory in the order of p's dimensions, as state does, otherwise a copy that does."""
-    a, form = local(x), torch.empty_like(local(p), device="meta")
+    a, b = local(x), local(p)
+    if a.is_contiguous() and b.is_contiguous():  # as mostly
+        return x
+    form = torch.empty_like(b, device="meta")
     same = all(i == j or n <= 1 for i, j, n in zip(a.stride(), form.stride(), a.shape, strict=True)) or a.numel() == 0
-    return x if same else torch.empty_like(p, dtype=x.dtype).copy_(x)
+    if same:
+        return x
+    with torch.no_grad():
+        return torch.empty_like(p, dtype=x.dtype).copy_(x)

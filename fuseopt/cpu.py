@@ -169,9 +169,9 @@ class Kept:
         self.copies = [dict(one) for one in _dicts(opt)]
 
 
-# An entry of these types is another object once it has another value.
-IMMUTABLE = {float, int, bool, NoneType, str, tuple, np.float64}
-ELSEWHERE = {"params", "param_names", "ema"}  # read at each step, never, and by opt._validate_options
+# An entry of these types is another object once it has another value. The lists are the parameters, read at each step,
+# their names, read never, and the averages, which opt._validate_options looks at.
+LASTING = {float, int, bool, NoneType, str, tuple, list, np.float64}
 
 
 def _dicts(opt) -> list[dict]:
@@ -181,11 +181,10 @@ def _dicts(opt) -> list[dict]:
 
 def _holds(gs: plan.GroupStep, t: int) -> bool:
     """Whether the scalars of step t are those of all later ones."""
-    group = gs.group
-    entries = [value for key, value in group.items() if key not in ELSEWHERE]
-    entries += group.get("betas", ())
-    steady = all(one["warmup"] is None and one["every"] == 1 and t > one["start"] for one in group["ema"])
-    return steady and group["prune"] is None and IMMUTABLE.issuperset(map(type, entries))
+    group, betas = gs.group, gs.group.get("betas", ())
+    if type(betas) is not tuple or not LASTING.issuperset(map(type, (*betas, *group.values()))):
+        return False
+    return not gs.emas or all(one["warmup"] is None and one["every"] == 1 and t > one["start"] for one in group["ema"])
 
 
 def _has_more(opt) -> bool:

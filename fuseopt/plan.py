@@ -64,8 +64,8 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = F
     lr = device_lr(group) if on_gpu else None
     hyper = opt.hyper(group if lr is None else {**group, "lr": 0.0})
     options = group["prune"]
-    sparsity = prune.sparsity_at(options, t)
-    threshold = prune.threshold_at(options, t)
+    sparsity = prune.sparsity_at(options, t) if options else None
+    threshold = prune.threshold_at(options, t) if options else 0.0
     stage = {
         "inv_grad_scale": inv_grad_scale,
         "direction": -1.0 if group["maximize"] else 1.0,
@@ -74,23 +74,35 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = F
         "prune_below": prune.threshold_at(options, options["begin"]) if on_gpu and options else threshold,
         "keep_moments": float(options is not None and options["moments"] == "keep"),
     }
-    averages, names = list(zip(ema.NAMES, group["ema"], strict=False)), ema.names(group)
+    names, narrow, due, thinned, weights = averages_at(opt, group, t, threshold) if group["ema"] else ((),) * 5
     return GroupStep(
         group,
         opt.kernel(group),
         opt.slots(group),
         opt.counters(group),
         names,
-        tuple([key for key, one in averages if one["dtype"] == "parameter"]),
-        tuple([key for key, one in averages if ema.is_due(one, t)]),
-        tuple([key for key, one in averages if threshold and (ema.updates(one, t) or not opt._placeholders.get(key))]),
+        narrow,
+        due,
+        thinned,
         hyper,
         stage,
-        tuple([ema.weight(one, t) for one in group["ema"]]),
+        weights,
         sparsity,
         sparsity is not None or threshold > 0,
         lr,
         on_gpu,
+    )
+
+
+def averages_at(opt, group: dict, t: int, threshold: float) -> tuple[tuple, tuple, tuple, tuple, tuple]:
+    """(emas, narrow, due, thinned, ema_weights) of a GroupStep."""
+    pairs = list(zip(ema.NAMES, group["ema"], strict=False))
+    return (
+        ema.names(group),
+        tuple([key for key, one in pairs if one["dtype"] == "parameter"]),
+        tuple([key for key, one in pairs if ema.is_due(one, t)]),
+        tuple([key for key, one in pairs if threshold and (ema.updates(one, t) or not opt._placeholders.get(key))]),
+        tuple([ema.weight(one, t) for one in group["ema"]]),
     )
 
 
