@@ -5,7 +5,7 @@ Whatever is edited in between, the outcome is that of the way around them, bit f
 
 import pytest
 import torch
-from cases import F64, RULES, all_params, assert_same_state, ident, like, parameters, run, set_gradients
+from cases import F64, RULES, all_params, assert_same_state, ident, parameters, run, set_gradients
 from torch.nn import Parameter
 
 import fuseopt
@@ -130,37 +130,45 @@ def test_a_step_like_the_last_makes_no_scalars(native, monkeypatch):
     assert opt.state[p]["step"] == 4
 
 
-def strided() -> list[Parameter]:
-    """Of every kind of layout; the last two are listed twice."""
-    params = parameters([(3, 4, 5, 2), (), (0, 3), (6, 5), (9,), (40, 50)])
+def listed(gaps: bool, twice: bool) -> list[Parameter]:
+    """Of every kind of layout; with `gaps` one that needs the checks."""
+    params = parameters([(3, 4, 5, 2), (), (0, 3), (6, 5), (40, 50), (9,)])
     params[0].data = params[0].data.contiguous(memory_format=torch.channels_last)
     params[3].data = params[3].data.t()
-    params[4].data = params[4].data[::2]
-    return params + params[-2:]
+    params[5].data = params[5].data[::2] if gaps else params[5].data
+    return params + params[3:5] * twice
 
 
-@pytest.mark.parametrize(
-    "stages", ({}, {"ema": [EMA(0.9), EMA(0.5, dtype="parameter")], "max_grad_norm": 0.1}), ids=("plain", "ema")
-)
+def stepped(opt, params: list[Parameter], t: int) -> None:
+    set_gradients(params, t)
+    for p in params:
+        p.grad = torch.empty_like(p).copy_(p.grad)
+    opt.step()
+
+
+@pytest.mark.parametrize("stages", ({}, {"ema": [EMA(0.9), EMA(0.5)], "max_grad_norm": 0.1}), ids=("plain", "ema"))
 @pytest.mark.parametrize("rule", RULES, ids=ident)
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_the_first_step_makes_the_state_that_the_checks_lead_to(rule, stages, native, monkeypatch):
-    for listed in (strided(), strided()[:4]):  # some that need the checks, and none
-        twins = like(list(dict.fromkeys(listed)))
-        place = {p: q for p, q in zip(dict.fromkeys(listed), twins, strict=True)}
-        a = run(rule.ours(listed, backend="cpu", **stages), listed, 1)
+    """Adam's moments and SGD's momentum, which is not zeroed before; in the second optimizer by way of the checks."""
+    for gaps, twice in ((False, False), (False, True), (True, True)):
+        (mine, a), (other, b) = (
+            (p, rule.ours(p, backend="cpu", **stages)) for p in (listed(gaps, twice) for _ in "ab")
+        )
         with monkeypatch.context() as patch:
+            torch.use_deterministic_algorithms(True)  # what is not written holds NaN
+            stepped(a, mine, 1)
+            torch.use_deterministic_algorithms(False)
             patch.setattr(cpu, "new_states", lambda *_: {})
-            b = run(rule.ours([place[p] for p in listed], backend="cpu", **stages), [place[p] for p in listed], 1)
-        assert_same_state(a, b)
-        for p, q in place.items():
-            mine, other = a.state[p], b.state[q]
-            assert list(mine) == list(other)
-            for key, value in mine.items():
-                assert value.dtype == other[key].dtype and not value.requires_grad
-                assert value.stride() == other[key].stride() or value.numel() < 2, key
-        run(a, listed, 1, 2), run(b, [place[p] for p in listed], 1, 2)
-        assert_same_state(a, b)
+            stepped(b, other, 1)
+        for t in (2, 3):
+            assert_same_state(a, b)
+            for p, q in zip(mine, other, strict=True):
+                assert list(a.state[p]) == list(b.state[q])
+                for x, y in zip(a.state[p].values(), b.state[q].values(), strict=True):
+                    assert x.dtype == y.dtype and not x.requires_grad
+                    assert x.stride() == y.stride() or x.numel() < 2
+            stepped(a, mine, t), stepped(b, other, t)
 
 
 def test_a_first_step_that_fails_leaves_no_state(native):
