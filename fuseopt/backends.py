@@ -27,6 +27,7 @@ from .interrupts import at_once, held
 from .stages import ema
 
 NAMES = (None, "cpu", "cuda", "triton", "torch")
+REASONS = {"cpu": lambda: cpu.why_not, "cuda": lambda: cuda.unavailable(), "triton": lambda: triton_driver.why_not()}
 _warned = False
 
 
@@ -36,9 +37,7 @@ def check_name(name: str | None) -> None:
     global _warned
     if name not in NAMES:
         raise ValueError(f"Invalid backend: {name!r}; use one of {', '.join(map(repr, NAMES))}")
-    reasons = {"cpu": lambda: cpu.why_not, "cuda": cuda.unavailable, "triton": triton_driver.why_not}
-    reason = reasons.get(name, lambda: None)()
-    if reason:
+    if name in REASONS and (reason := REASONS[name]()):
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if name is None and cpu.native is None and not _warned:
         _warned = True
