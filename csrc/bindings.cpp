@@ -66,18 +66,38 @@ void n_m(const TensorTable& table, int n, int m, int64_t channels, int64_t strid
   prune_n_m(table, n, m, channels, stride);
 }
 
+// Whether dicts hold the very objects of their copies, in the order of the copies, the entry `but` aside.
+bool same_entries(PyObject* now, PyObject* then, PyObject* but) {
+  if (PyDict_Size(now) != PyDict_Size(then)) return false;
+  Py_ssize_t i = 0, j = 0;
+  PyObject *key, *value, *other_key, *other;
+  while (PyDict_Next(now, &i, &key, &value) && PyDict_Next(then, &j, &other_key, &other))
+    if (key != other_key || (value != other && key != but)) return false;
+  return true;
+}
+
+// The positions of the dicts that are not as their copies.
+py::list changed(py::list dicts, py::list copies, py::str but) {
+  py::list out;
+  for (size_t k = 0; k < dicts.size(); ++k)
+    if (k >= copies.size() || !same_entries(dicts[k].ptr(), copies[k].ptr(), but.ptr())) out.append(k);
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   watch_forks();
   m.doc() = "fuseopt's compiled CPU step.";
   bind_table(m, true)
+      .def("shares_memory", [](TensorTable& t) { return t.in_order = overlapping(t); }, "Whether parameters overlap.")
       .def("squares", &squares, "The sum of squares of each parameter's gradient, as rows of one.")
       .def("run", &run, "One step; returns a row of sums for each parameter, or no rows.", py::arg("norm"), py::arg("statistics"))
       .def("histogram", &histogram)
       .def("ties", &ties)
       .def("prune", &prune)
       .def("prune_n_m", &n_m);
+  m.def("changed", &changed, "The positions of the dicts whose entries, but for one, are not those of their copies.");
   m.def("instruction_set", [] { return kernels().name; });
   m.def("set_instruction_set", &set_kernels, "For tests: 'portable', 'avx2', 'avx512'.");
   m.def("max_threads", [] { return omp_get_max_threads(); });

@@ -16,7 +16,7 @@ inline py::list gather(TensorTable& table, py::list groups, py::dict state, py::
                        int device, int first) {
   table.gather(groups.ptr(), state.ptr(), grads.ptr(), inv_grad_scale, device, first);
   py::list problems;
-  for (const Problem& p : table.problems) problems.append(py::make_tuple(p.group, p.index));
+  for (const Problem& p : table.problems) problems.append(py::make_tuple(p.group, p.index, p.is_new));
   return problems;
 }
 
@@ -70,7 +70,7 @@ inline py::class_<TensorTable> bind_table(py::module_& m, bool on_host) {
   m.def("schema", &schema);
   py::class_<TensorTable> table(m, "TensorTable", py::module_local());
   table.def(py::init([on_host] { return new TensorTable(on_host); }))
-      .def("gather", &gather, "Reads groups, state and gradients; returns (group, index) of what it cannot take.",
+      .def("gather", &gather, "Reads groups, state and gradients; returns (group, index, whether it only lacks state) of what it cannot take.",
            py::arg("groups"), py::arg("state"), py::arg("grads"), py::arg("inv_grad_scale"), py::arg("device") = kHost,
            py::arg("first") = 0)
       .def("__len__", [](const TensorTable& t) { return t.tensors.size(); })

@@ -60,7 +60,7 @@ Group read_group(PyObject* spec, double inv_grad_scale) {
   return group;
 }
 
-// Looks names up in a dict that mostly holds them in the order asked for: then without hashing.
+// Looks keys up in a dict that mostly holds them in the order asked for: then without hashing.
 class Cursor {
  public:
   explicit Cursor(PyObject* dict) : dict_(dict) { advance(); }
@@ -207,6 +207,7 @@ bool TensorTable::add(PyObject* param, const TensorView& g, PyObject* state, PyO
   if (p.storage < 0 || p.storage == kBits || g.storage != p.storage || !p.dense() || !g.same_layout(p)) return false;
   Tensor& t = tensors.emplace_back();
   t.group = group, t.storage = p.storage, t.n = p.count(), t.p = p.data, t.g = g.data;
+  is_new_ = is_raw(param);
   if (!add_state(&t, p, state, spec, fresh)) return tensors.pop_back(), false;
   if (on_host) drop_idle_averages(groups[group], &t);
   return true;
@@ -219,14 +220,14 @@ void TensorTable::release() {
   params.clear(), held_.clear(), references_.clear();
 }
 
-TensorTable::Grad TensorTable::read_grad(PyObject* param, PyObject* replacement, TensorView* out) {
-  if (!replacement) {
+TensorTable::Grad TensorTable::read_grad(PyObject* param, PyObject* given, TensorView* out) {
+  if (!given) {
     if (void* reference = raw_grad(param, out)) {
       references_.push_back(reference);
       return Grad::kRead;
     }
   }
-  PyObject* grad = replacement ? Py_NewRef(item(replacement, 0)) : grad_of(param);
+  PyObject* grad = given ? Py_NewRef(given) : grad_of(param);
   if (!grad) return PyErr_Clear(), Grad::kUnreadable;  // the parameter is not a tensor at all
   if (grad == Py_None) {
     Py_DECREF(grad);
@@ -241,13 +242,16 @@ bool TensorTable::gather_one(PyObject* param, PyObject* own, PyObject* state, Py
                              int group, int position) {
   static PyObject* nothing = PyDict_New();
   TensorView g;
-  PyObject* stepped = replacement && item(replacement, 2) != Py_None ? item(replacement, 2) : param;
-  const Grad grad = read_grad(stepped, replacement, &g);
+  is_new_ = false;
+  const auto replaced = [&](int k) { return replacement && item(replacement, k) != Py_None ? item(replacement, k) : nullptr; };
+  PyObject* stepped = replaced(2) ? replaced(2) : param;
+  const Grad grad = read_grad(stepped, replaced(0), &g);
   if (grad != Grad::kRead) return grad == Grad::kNone;
   const bool fresh = replacement && item(replacement, 1) == Py_True;
   if (!own) own = PyDict_GetItemWithError(state, param);
-  if (!own) own = nothing;
-  if (!PyDict_Check(own) || !add(stepped, g, own, spec, group, fresh)) return false;
+  const bool without = !own;
+  if (without) own = nothing;
+  if (!PyDict_Check(own) || !add(stepped, g, own, spec, group, fresh)) return is_new_ = is_new_ && without, false;
   tensors.back().position = position;
   Py_INCREF(param);
   params.push_back(param);
@@ -259,6 +263,7 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
   release();
   trail_.restart();
   const bool any_replaced = PyDict_Size(grads) > 0;
+  Cursor replacements(grads);
   // Walk the state beside the parameters: hashing a tensor calls Python, and the order mostly agrees.
   Py_ssize_t position = 0;
   PyObject *next_param = nullptr, *next_state = nullptr;
@@ -274,9 +279,10 @@ void TensorTable::gather(PyObject* specs, PyObject* state, PyObject* grads, doub
         own = next_state;
         if (!PyDict_Next(state, &position, &next_param, &next_state)) next_param = nullptr;
       }
-      PyObject* replacement = any_replaced ? PyDict_GetItemWithError(grads, param) : nullptr;
+      PyObject* replacement = any_replaced ? replacements.find(param) : nullptr;
       sharded = sharded || is_dtensor(param);
-      if (!gather_one(param, own, state, replacement, spec, int(k), first)) problems.push_back({int(k), int(i)});
+      if (!gather_one(param, own, state, replacement, spec, int(k), first)) 
+        problems.push_back({int(k), int(i), is_new_});
     }
   }
   if (!problems.empty()) tensors.clear(), release();

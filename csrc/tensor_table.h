@@ -48,6 +48,7 @@ struct Block {
 
 struct Problem {  // a parameter the table cannot hold as it is; Python finds out why
   int group, index;
+  bool is_new;  // a plain parameter that has no state yet, and nothing else amiss
 };
 
 class TensorTable {
@@ -74,8 +75,8 @@ class TensorTable {
   void release();
 
   // `groups`: a list of tuples as fuseopt/cpu.py makes them. `state`: the optimizer's. `grads`: a
-  // dict from a parameter to (gradient to use in place of `.grad`, whether its moments are new, tensor to use
-  // in its own place or None). After it returns, `problems` is empty or nothing may be run. Throws only if a tuple is malformed.
+  // dict from a parameter to (gradient to use in place of `.grad` or None, whether its moments are new, tensor
+  // to use in its own place or None). After it returns, `problems` is empty or nothing may be run. Throws only if a tuple is malformed.
   // `on`: the device on which all must lie. `first`: the position of the first parameter.
   void gather(_object* groups, _object* state, _object* grads, double inv_grad_scale, int on = kHost, int first = 0);
 
@@ -84,7 +85,7 @@ class TensorTable {
 
  private:
   enum class Grad { kRead, kNone, kUnreadable };
-  Grad read_grad(_object* param, _object* replacement, TensorView* out);
+  Grad read_grad(_object* param, _object* given, TensorView* out);
   bool gather_one(_object* param, _object* own, _object* state, _object* replacement, _object* spec, int group, int position);
   bool add(_object* param, const TensorView& grad, _object* state, _object* spec, int group, bool fresh);
   bool add_state(Tensor* t, const TensorView& p, _object* state, _object* spec, bool fresh);
@@ -96,6 +97,7 @@ class TensorTable {
   std::vector<_object*> held_;    // gradients that Python knows
   std::vector<void*> references_;  // and those that it does not; see raw_grad
   Trail trail_;
+  bool is_new_;  // of the parameter that gather_one() did not take: Problem::is_new
 };
 
 // Whether two parameters of the table share memory: one listed twice, or views that overlap. torch steps them

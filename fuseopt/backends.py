@@ -27,6 +27,7 @@ from .interrupts import at_once, held
 from .stages import ema
 
 NAMES = (None, "cpu", "cuda", "triton", "torch")
+REASONS = {"cpu": lambda: cpu.why_not, "cuda": lambda: cuda.unavailable(), "triton": lambda: triton_driver.why_not()}
 _warned = False
 
 
@@ -36,9 +37,7 @@ def check_name(name: str | None) -> None:
     global _warned
     if name not in NAMES:
         raise ValueError(f"Invalid backend: {name!r}; use one of {', '.join(map(repr, NAMES))}")
-    reasons = {"cpu": lambda: cpu.why_not, "cuda": cuda.unavailable, "triton": triton_driver.why_not}
-    reason = reasons.get(name, lambda: None)()
-    if reason:
+    if name in REASONS and (reason := REASONS[name]()):
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if name is None and cpu.native is None and not _warned:
         _warned = True
@@ -82,6 +81,8 @@ def device_of(opt) -> torch.device:
 
 def begin(opt) -> plan.Step | None:
     """The optimizer's next step; None if found_inf says that it is skipped. Raises for a grad_scale of 0."""
+    if step := cpu.again(opt):
+        return step
     name = choose(opt) if any(group["params"] for group in opt.param_groups) else "torch"  # nothing to step
     on_gpu, captured = name == "cuda", name != "cpu" and cuda.capturing()
     if captured and not on_gpu:
@@ -107,9 +108,14 @@ def begin(opt) -> plan.Step | None:
 
 def run(opt, step: plan.Step) -> None:
     """Run a step, whole or not at all, on the backend that `choose` picks, and count it in the groups."""
+    if step.holds:
+        if _pass(cpu, opt, step):
+            return
+        opt._kept = None  # something is to be made, or to be said
+        step = begin(opt)
     of_buffers = buffers.updates(opt, step)
     engine = ENGINES.get(step.backend)
-    if engine and _steady_step(engine, opt, step, of_buffers):
+    if engine and _only_passes(engine, opt, step) and _pass(engine, opt, step, of_buffers):
         return
     if step.captured:
         raise RuntimeError(cuda.WARM_UP)
@@ -175,32 +181,44 @@ def _fills_placeholders(opt, step: plan.Step) -> bool:
     return bool(keys) and any(plan.fills_placeholder(opt, gs, p) for gs, p in plan.stepped(step))
 
 
-def _steady_step(engine, opt, step: plan.Step, of_buffers: list[Iterable]) -> bool:
-    """Run the step if the compiled pass is all of it, in one call so that no interrupt falls between its writes;
-    False, and nothing done, if something is to be made, copied, selected or summed up around it."""
+def _only_passes(engine, opt, step: plan.Step) -> bool:
+    """Whether nothing is to be made, selected or summed up around the compiled pass, so far as Python can tell."""
     on_gpu = engine is cuda
     if (opt.defaults["statistics"] and not on_gpu) or any(gs.sparsity is not None for gs in step.groups):
         return False
     if cuda.has_new_moments(opt, step) if on_gpu else _fills_placeholders(opt, step):
         return False
-    if plan.without_prune_mask(opt, step) or masking.todo(opt, step):
-        return False
+    return not plan.without_prune_mask(opt, step) and not masking.todo(opt, step)
+
+
+def _pass(engine, opt, step: plan.Step, of_buffers: Iterable[Iterable] = ()) -> bool:
+    """Run a step that is the compiled pass alone, in one call so that no interrupt falls between its writes; False,
+    and nothing done, if the pass cannot take the tensors as they are."""
     table, problems = engine.gather(opt, step, {})
-    if problems or (on_gpu and not opt._memory.has_room(opt, table)):
+    new = cpu.new_states(opt, step, problems) if problems and engine is cpu else {}
+    if new:
+        cpu.put_back(opt, table)
+        table, problems = cpu.gather(opt, step, dict.fromkeys(new, (None, True, None)), new)
+        # An average begins as the weights are after the step, which may go over the same memory again.
+        problems = problems or (any(gs.emas for gs in step.groups) and table.shares_memory())
+    if problems or (engine is cuda and not opt._memory.has_room(opt, table)):
         engine.put_back(opt, table)
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     arguments = engine.arguments(opt, table, step, engine.norm(opt, table, step))
-    run = map(table.run, *((x,) for x in arguments))
-    at_once(run, map(table.mark_written, (cpu.increment_version,)), *of_buffers, count, *engine.notes(opt, step))
+    written = map(table.mark_written, (cpu.increment_version,))
+    made = [map(dict.update, (opt.state,), (new,))] if new else []
+    at_once(map(table.run, *zip(arguments)), written, *of_buffers, *made, count, *engine.notes(opt, step))
     engine.finish(opt, table, step, None)
+    if engine is cpu and not step.holds:
+        cpu.keep(opt, step, table)
     return True
 
 
 @torch.no_grad()
 def _compiled_update(engine, opt, step: plan.Step) -> dict[Tensor, plan.Prepared]:
     table, problems = engine.gather(opt, step, {})
-    wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i in problems]
+    wanting = [(step.groups[k], step.groups[k].group["params"][i]) for k, i, _ in problems]
     if _fills_placeholders(opt, step):
         unread = {id(p) for _, p in wanting}
         wanting = [(gs, p) for gs, p in plan.stepped(step) if id(p) in unread or plan.fills_placeholder(opt, gs, p)]

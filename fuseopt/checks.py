@@ -169,11 +169,16 @@ def share_memory(tensors: list[Tensor]) -> bool:
 
 def in_layout(p: Tensor, x: Tensor) -> bool:
     """Whether x fills its memory, without gaps, in the order of p's dimensions."""
-    a, form = local(x), torch.empty_like(local(p), device="meta")
+    a, b = local(x), local(p)
+    if a.is_contiguous() and b.is_contiguous():  # as mostly
+        return True
+    form = torch.empty_like(b, device="meta")
     return all(i == j or n <= 1 for i, j, n in zip(a.stride(), form.stride(), a.shape, strict=True)) or a.numel() == 0
 
 
-@torch.no_grad()
 def in_layout_of(p: Tensor, x: Tensor) -> Tensor:
     """x itself if it lies so, as state does, otherwise a copy that does."""
-    return x if in_layout(p, x) else torch.empty_like(p, dtype=x.dtype).copy_(x)
+    if in_layout(p, x):
+        return x
+    with torch.no_grad():
+        return torch.empty_like(p, dtype=x.dtype).copy_(x)

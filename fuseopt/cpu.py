@@ -1,8 +1,10 @@
 """The compiled module: how it is loaded, the table of live tensors that it steps, and its ranking of weights."""
 
 import math
-from types import ModuleType
+from operator import itemgetter
+from types import ModuleType, NoneType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +39,9 @@ def native_error() -> str | None:
     return why_not
 
 
+_stage_scalars = itemgetter(*schema.STAGE_SCALARS)
+
+
 def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple, emas: tuple) -> tuple:
     """A group as csrc/tensor_table.cpp reads it."""
     return (
@@ -46,13 +51,15 @@ def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple
         counters,
         emas,
         gs.hyper,
-        tuple(gs.stage[name] for name in schema.STAGE_SCALARS),
+        _stage_scalars(gs.stage),
         gs.group["max_grad_norm"] or 0.0,
     )
 
 
-def gather(opt, step: plan.Step, replaced: dict) -> tuple:
+def gather(opt, step: plan.Step, replaced: dict, new: dict | None = None) -> tuple:
     """(table, problems): the optimizer's table filled from its live tensors, as csrc/tensor_table.h says.
+
+    new: state that is not yet among the optimizer's.
 
     The step has it to itself until `put_back`: the interpreter's lock is open while it runs, and another thread
     may step the same optimizer.
@@ -60,8 +67,28 @@ def gather(opt, step: plan.Step, replaced: dict) -> tuple:
     table = opt.__dict__.pop("_table", None)
     if not isinstance(table, native.TensorTable):  # none yet, or a GPU's, where the parameters were before
         table = native.TensorTable()
-    specs = [spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages()) for gs in step.groups]
-    return table, table.gather(specs, opt.state, replaced, step.inv_grad_scale)
+    step.specs = step.specs or specs(step)
+    state = {**opt.state, **new} if new else opt.state
+    return table, table.gather(step.specs, state, replaced, step.inv_grad_scale)
+
+
+def new_states(opt, step: plan.Step, problems: list[tuple[int, int, bool]]) -> dict[Tensor, dict[str, Tensor]]:
+    """State for the parameters that `gather` could not take, if they lack nothing else and the pass fills it; or {}."""
+    if not all(new for _, _, new in problems) or any(gs.due != gs.emas for gs in step.groups):
+        return {}
+    plan.check_devices(opt)
+    groups = step.groups
+    return plan.new_states(opt, [(groups[k], groups[k].group["params"][i]) for k, i, _ in problems])
+
+
+def specs(step: plan.Step) -> list[tuple]:
+    """All groups, for table.gather."""
+    return [whole(gs) for gs in step.groups]
+
+
+def whole(gs: plan.GroupStep) -> tuple:
+    """A group with all of its parameters."""
+    return spec(gs, gs.group["params"], gs.slots, gs.counters, gs.averages())
 
 
 def put_back(opt, table) -> None:
@@ -126,6 +153,73 @@ def finish(opt, table, step: plan.Step, rows: list | None) -> None:
     if opt.defaults["statistics"]:
         opt._statistics = statistics.result(total_of(opt, table.params(), rows, statistics.WIDTH, table.sharded))
     put_back(opt, table)
+
+
+# ---- a step like the last ----------------------------------------------------------------------------
+
+
+class Kept:
+    """A step whose scalars hold for the next one too, as long as the entries of the groups are the same objects.
+
+    Tensors are read anew at each step all the same; here only what the options come to is kept.
+    """
+
+    def __init__(self, opt, step: plan.Step):
+        self.step, self.valid = step, opt._valid
+        self.copies = [dict(one) for one in _dicts(opt)]
+
+
+# An entry of these types is another object once it has another value. The lists are the parameters, read at each step,
+# their names, read never, and the averages, which opt._validate_options looks at.
+LASTING = {float, int, bool, NoneType, str, tuple, list, np.float64}
+
+
+def _dicts(opt) -> list[dict]:
+    """What the scalars of a step come from."""
+    return [*opt.param_groups, opt.defaults]
+
+
+def _holds(gs: plan.GroupStep, t: int) -> bool:
+    """Whether the scalars of step t are those of all later ones."""
+    group, betas = gs.group, gs.group.get("betas", ())
+    if type(betas) is not tuple or not LASTING.issuperset(map(type, (*betas, *group.values()))):
+        return False
+    return not gs.emas or all(one["warmup"] is None and one["every"] == 1 and t > one["start"] for one in group["ema"])
+
+
+def _has_more(opt) -> bool:
+    """Whether more is to be seen to, or more of the step to be known, than its groups say."""
+    amp = getattr(opt, "found_inf", None) is not None or getattr(opt, "grad_scale", None) is not None
+    return bool(amp or opt._dynamic or opt._tracked or any(opt._placeholders.values()))
+
+
+def keep(opt, step: plan.Step, table) -> None:
+    """Remember a step that was nothing but a pass, if the next may be like it."""
+    opt._kept = None
+    if table.sharded or opt.defaults["sharded"] or opt.defaults["statistics"] or _has_more(opt):
+        return
+    if all(_holds(gs, step.t) for gs in step.groups):
+        step.holds = True
+        opt._kept = Kept(opt, step)
+
+
+def again(opt) -> plan.Step | None:
+    """The next step made of the last one, anew where a group was edited; None if all of it must be looked at."""
+    kept = opt._kept
+    if kept is None or kept.valid is not opt._valid or _has_more(opt):
+        return None
+    step, t = kept.step, opt._steps() + 1
+    for k in native.changed(_dicts(opt), kept.copies, "steps"):
+        if k >= len(step.groups) or len(kept.copies) != len(opt.param_groups) + 1:
+            return None
+        now = dict(opt.param_groups[k])
+        gs = plan.group_step(opt, opt.param_groups[k], t, 1.0)
+        if not _holds(gs, t):
+            return None
+        step.groups[k], step.specs[k] = gs, whole(gs)
+        kept.copies[k] = now  # last: another thread may step the same optimizer
+    step.t = t
+    return step
 
 
 class Ranker:

@@ -4,7 +4,6 @@ class in rules/ -> FusedOptimizer.step (closure, step count) -> plan.Step (check
 in double) -> backends (compiled pass or torch reference) -> pruning, if this step selects.
 """
 
-import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,17 @@ import torch
 from torch import Tensor
 
 from . import averages, backends, checkpoint, cuda_memory, distributed, ema_state, explain, masking, plan, pruning
-from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_whole, normalise, refuse_differentiable
+from .options import (
+    GROUP_OPTIONS,
+    WHOLE_OPTIONS,
+    StageOptions,
+    Unpack,
+    drop_whole,
+    fill_in,
+    normalise,
+    refuse_differentiable,
+    snapshot,
+)
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
@@ -47,6 +56,7 @@ class FusedOptimizer(
     # Remade on demand after unpickling or deepcopy, which keep defaults, state and groups alone.
     _stage_defaults: dict | None = None
     _table = None
+    _kept = None  # of the last step, for the next; see cpu.py
     _valid: list | None = None  # the groups' stage options when they were last validated
     _fused_asked = False
 
@@ -87,8 +97,11 @@ class FusedOptimizer(
         raise NotImplementedError
 
     @staticmethod
-    def initial(defaults: dict) -> float:
-        """The value that new moments start from; as in torch, the constructor's, whatever a group says."""
+    def initial(defaults: dict) -> float | None:
+        """The value that new moments start from; as in torch, the constructor's, whatever a group says.
+
+        None: the first pass writes them whatever they hold, and zeros where no pass follows at once.
+        """
         return 0.0
 
     @staticmethod
@@ -129,10 +142,9 @@ class FusedOptimizer(
             for name in WHOLE_OPTIONS:
                 if param_group.get(name, self.defaults[name]) != self.defaults[name]:
                     raise ValueError(f"{name!r} belongs to the optimizer, not to a parameter group; pass it by keyword")
-            for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
-                if name in self.defaults:
-                    param_group.setdefault(name, copy.deepcopy(self.defaults[name]))
+            fill_in(param_group, self.defaults)
             normalise(param_group)
+            self._valid = [*(self._valid or ()), snapshot(param_group)]
             cuda_memory.settle(self)
             param_group["steps"] = self._steps()  # not what another optimizer left in the caller's dict
         super().add_param_group(param_group)
@@ -156,9 +168,7 @@ class FusedOptimizer(
         self.__dict__.setdefault("_swapped", [])  # the average that swap_ema has in
         self.__dict__.setdefault("_tracked", [])  # the buffers that are averaged
         for group in self.param_groups:
-            for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
-                if name in self.defaults:
-                    group.setdefault(name, copy.deepcopy(self.defaults[name]))
+            fill_in(group, self.defaults)
             drop_whole(group)
         untouched = all(group.get("steps") == 0 for group in self.param_groups)  # torch's say nothing
         steps = max(self._steps(), checkpoint.steps_of(self))  # torch keeps our count and does not advance it
@@ -167,7 +177,7 @@ class FusedOptimizer(
         ema_state.find_placeholders(self, untouched and steps == 0)
 
     def _steps(self) -> int:
-        return max((group.get("steps", 0) for group in self.param_groups), default=0)
+        return max([group.get("steps", 0) for group in self.param_groups], default=0)
 
     def _validate_options(self) -> None:
         """Validate stage options that were edited in param_groups, and make plain data of them."""
@@ -179,7 +189,7 @@ class FusedOptimizer(
             normalise(options)
         for group, options in zip(self.param_groups, edited, strict=True):
             group.update(options)
-        self._valid = [tuple(copy.deepcopy(options).values()) for options in edited]
+        self._valid = list(map(snapshot, edited))
 
     # ---- the step -------------------------------------------------------------------------------
 

@@ -28,6 +28,24 @@ GROUP_OPTIONS = {"max_grad_norm": None, "l1": 0.0, "ema": None, "prune": None}
 WHOLE_OPTIONS = {"statistics": False, "backend": None, "sharded": False}
 
 
+def snapshot(group: dict) -> tuple:
+    """Copies of a group's normalised options."""
+    return tuple([_copied(group[name]) for name in GROUP_OPTIONS])
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [dict(one) for one in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def fill_in(group: dict, defaults: dict) -> None:
+    """Give a group the options that it lacks, each a copy of its own."""
+    for name in (*GROUP_OPTIONS, "decoupled_weight_decay"):
+        if name in defaults and name not in group:
+            group[name] = _copied(defaults[name])
+
+
 def drop_whole(group: dict) -> None:
     """Remove what torch copies from the defaults into every group, though it holds for the optimizer."""
     for name in WHOLE_OPTIONS:

@@ -44,8 +44,12 @@ class Step:
     """The step number `t` (from 1) of an optimizer and its groups' scalars.
 
     backend: which runs it. amp: (found_inf, grad_scale) where its kernels read them on the GPU. captured: a graph
-    captures this step.
+    captures this step. specs: the groups as the compiled module reads them, once it has. holds: the groups are those of
+    an earlier step; see cpu.again.
     """
+
+    specs: list | None = None
+    holds = False
 
     def __init__(self, opt, t: int, inv_grad_scale: float, backend: str = "cpu", amp=(None, None), captured=False):
         self.t = t
@@ -60,8 +64,8 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = F
     lr = device_lr(group) if on_gpu else None
     hyper = opt.hyper(group if lr is None else {**group, "lr": 0.0})
     options = group["prune"]
-    sparsity = prune.sparsity_at(options, t)
-    threshold = prune.threshold_at(options, t)
+    sparsity = prune.sparsity_at(options, t) if options else None
+    threshold = prune.threshold_at(options, t) if options else 0.0
     stage = {
         "inv_grad_scale": inv_grad_scale,
         "direction": -1.0 if group["maximize"] else 1.0,
@@ -70,23 +74,35 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = F
         "prune_below": prune.threshold_at(options, options["begin"]) if on_gpu and options else threshold,
         "keep_moments": float(options is not None and options["moments"] == "keep"),
     }
-    averages, names = list(zip(ema.NAMES, group["ema"], strict=False)), ema.names(group)
+    names, narrow, due, thinned, weights = averages_at(opt, group, t, threshold) if group["ema"] else ((),) * 5
     return GroupStep(
         group,
         opt.kernel(group),
         opt.slots(group),
         opt.counters(group),
         names,
-        tuple([key for key, one in averages if one["dtype"] == "parameter"]),
-        tuple([key for key, one in averages if ema.is_due(one, t)]),
-        tuple([key for key, one in averages if threshold and (ema.updates(one, t) or not opt._placeholders.get(key))]),
+        narrow,
+        due,
+        thinned,
         hyper,
         stage,
-        tuple([ema.weight(one, t) for one in group["ema"]]),
+        weights,
         sparsity,
         sparsity is not None or threshold > 0,
         lr,
         on_gpu,
+    )
+
+
+def averages_at(opt, group: dict, t: int, threshold: float) -> tuple[tuple, tuple, tuple, tuple, tuple]:
+    """(emas, narrow, due, thinned, ema_weights) of a GroupStep."""
+    pairs = list(zip(ema.NAMES, group["ema"], strict=False))
+    return (
+        ema.names(group),
+        tuple([key for key, one in pairs if one["dtype"] == "parameter"]),
+        tuple([key for key, one in pairs if ema.is_due(one, t)]),
+        tuple([key for key, one in pairs if threshold and (ema.updates(one, t) or not opt._placeholders.get(key))]),
+        tuple([ema.weight(one, t) for one in group["ema"]]),
     )
 
 
@@ -98,6 +114,41 @@ def device_lr(group: dict) -> Tensor | None:
     return lr if params and lr.device == local(params[0]).device else None
 
 
+CPU = torch.device("cpu")
+
+
+def new_counter(key: str, home: torch.device) -> Tensor:
+    """As torch's: 0-dim, fp32 unless fp64 is the default type."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return (torch.ones if key == "mu_product" else torch.zeros)((), dtype=dtype, device=home)
+
+
+def new_moment(opt, p: Tensor) -> Tensor:
+    start = opt.initial(opt.defaults)
+    return torch.full_like(p, start) if start else torch.zeros_like(p)  # quicker
+
+
+def new_average(options: dict, p: Tensor) -> Tensor:
+    return torch.full_like(p, torch.nan, dtype=ema.dtype_of(options, p))
+
+
+def new_states(opt, wanting: list[tuple[GroupStep, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
+    """The whole state of plain CPU parameters that have none, before their first pass; not yet the optimizer's."""
+    made, counters, unread = {}, {}, opt.initial(opt.defaults) is None
+    with torch._C.DisableTorchFunction():  # a default device costs a microsecond a call
+        for gs, p in wanting:
+            entries = made[p] = {}
+            for key in gs.counters:
+                if key not in counters:
+                    counters[key] = new_counter(key, CPU)
+                entries[key] = counters[key].clone()
+            for key in gs.slots:
+                entries[key] = torch.empty_like(p) if unread else new_moment(opt, p)
+            for key, options in zip(gs.emas, gs.group["ema"]):
+                entries[key] = new_average(options, p)
+    return made
+
+
 @torch.no_grad()
 def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     """Make what p's state lacks and mend its layout; True if the moments are new.
@@ -105,23 +156,21 @@ def complete_state(opt, group: dict, p: Tensor, averages: bool = True) -> bool:
     Averages start at NaN and are noted in opt._placeholders; see "no value yet" in stages/ema.py.
     """
     state = opt.state[p]
-    home = p.device if opt._on_gpu else torch.device("cpu")
+    home = p.device if opt._on_gpu else CPU
     for key in opt.counters(group):
-        if key not in state:  # torch: 0-dim, fp32 unless fp64 is the default type
-            double = torch.get_default_dtype() == torch.float64
-            start = 1.0 if key == "mu_product" else 0.0
-            state[key] = torch.tensor(start, dtype=torch.float64 if double else torch.float32, device=home)
+        if key not in state:
+            state[key] = new_counter(key, home)
         elif state[key].device != home:
             state[key] = state[key].to(home)
     fresh = False
     for key in opt.slots(group):
         if state.get(key) is None:
-            state[key] = torch.full_like(p, opt.initial(opt.defaults), memory_format=torch.preserve_format)
+            state[key] = new_moment(opt, p)
             fresh = True
     names = ema.names(group) if averages else ()
     for key, options in zip(names, group["ema"]) if averages else ():
         if key not in state:
-            state[key] = torch.full_like(p, torch.nan, dtype=ema.dtype_of(options, p))
+            state[key] = new_average(options, p)
             opt._placeholders.setdefault(key, set()).add(p)
     for key in (*opt.slots(group), *names):
         state[key] = in_layout_of(p, state[key])

@@ -54,6 +54,10 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         return ("momentum_buffer",) if group["momentum"] else ()
 
     @staticmethod
+    def initial(defaults: dict) -> None:
+        return None
+
+    @staticmethod
     def counters(group: dict) -> tuple[str, ...]:
         return ()
 
