@@ -60,8 +60,8 @@ class MaskMethods:
         """Restrict the updates of parameters to the entries where a mask is True.
 
         Args:
-            param: the parameter; or its name, or a shell pattern such as "*.bias" over the names, where the
-                optimizer was given named parameters. "*" means all in any case.
+            param: the parameter; or its name, or a shell pattern such as `"*.bias"` over the names, where the
+                optimizer was given named parameters. `"*"` means all in any case.
             keep: boolean tensor that broadcasts to the parameter (to the whole of it, where processes
                 share it), or a function of the parameter that returns one and is called at once, as
                 fuseopt.masks.nonzero. Kept unexpanded, at 1 bit an entry. It replaces the parameter's
@@ -107,7 +107,13 @@ class MaskMethods:
             mask.replace(self.state[p], p, None if all_true(values) else values, mode == "freeze")
 
     def keep_mask(self, param: Tensor | str) -> Tensor | None:
-        """Boolean tensor of the parameter's shape, False where the mask in force holds it; None without a mask."""
+        """Boolean tensor of the parameter's shape, False where the mask in force holds it; None without a mask.
+
+        Args:
+            param: the parameter, or its name where the optimizer was given named parameters.
+
+        Raises ValueError for one that the optimizer does not have.
+        """
         _, p, _ = find(self, param)
         keep = mask.unfold(self.state.get(p, {}), local(p))
         return None if keep is None else whole(p, keep, set(range(p.dim())))
