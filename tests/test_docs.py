@@ -1,5 +1,7 @@
 """The pages under docs/: they build without a warning, their Python runs, their pictures can be made again."""
 
+import fnmatch
+import inspect
 import os
 import re
 import shlex
@@ -9,26 +11,96 @@ from pathlib import Path
 
 import pytest
 
+import fuseopt
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
 PICTURES = sorted((ROOT / "docs" / "pages" / "pictures").glob("*.py"))
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)  # not those marked {.python .not-run}
+WITHOUT_CODE = ("reference", "contributing", "changelog")  # made from docstrings; from files beside the README
+OF_RULES = {"kernel", "slots", "counters", "hyper", "initial", "update"}  # methods for CONTRIBUTING.md, not for users
 
 
 def stem(path: Path) -> str:
     return path.stem
 
 
-def test_the_pages_build_in_strict_mode(tmp_path):
-    """Strict: a broken link between pages, a missing picture or a page outside the navigation is an error."""
-    pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / "docs" / "mkdocs.yml", "-d", tmp_path]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Built in strict mode: a broken link, a missing picture, a page outside the navigation is an error."""
+    for module in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(module)
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / "docs" / "mkdocs.yml", "-d", folder]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
+    return folder
+
+
+def html(site: Path, page: str) -> str:
+    return (site / ("index.html" if page == "index" else f"{page}/index.html")).read_text()
+
+
+def test_every_page_and_picture_is_built(site):
     for page in PAGES:
-        built = tmp_path / ("index.html" if page.stem == "index" else f"{page.stem}/index.html")
-        assert built.exists(), f"{page.name} was not built"
-    assert all((tmp_path / "pictures" / f"{script.stem}.png").exists() for script in PICTURES)
+        assert html(site, page.stem)
+    for picture in (ROOT / "docs" / "pages" / "pictures").glob("*.[ps][nv]g"):
+        assert (site / "pictures" / picture.name).exists()
+    assert "class Adamax" in re.sub("<[^>]+>", "", html(site, "contributing"))
+    assert "0.1.0" in html(site, "changelog")
+
+
+def test_the_pages_fetch_nothing_from_other_hosts(site):
+    for page in PAGES:
+        outside = re.findall(
+            r"""<(?:script|link|img|iframe)[^>]+?(?:src|href)=["']?(https?:)?//[^>]*""", html(site, page.stem)
+        )
+        assert not outside, page.name
+
+
+def public() -> dict[str, object]:
+    """What users may name, as the reference calls it: classes, functions, and the methods of every optimizer."""
+    found = {f"fuseopt.{name}": getattr(fuseopt, name) for name in fuseopt.__all__}
+    for module in (fuseopt.masks, fuseopt.verify):
+        found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__ if not name.isupper()}
+    for name, cls in {
+        "fuseopt.optimizer.FusedOptimizer": fuseopt.optimizer.FusedOptimizer,
+        "fuseopt.verify.Checker": fuseopt.verify.Checker,
+        "fuseopt.verify.Report": fuseopt.verify.Report,
+    }.items():
+        for method, value in inspect.getmembers(cls):
+            of = value.fget if isinstance(value, property) else value
+            ours = (getattr(of, "__module__", None) or "").startswith("fuseopt")
+            if ours and callable(of) and not method.startswith("_") and method not in OF_RULES:
+                found[f"{name}.{method}"] = value
+    found.pop("fuseopt.verify")  # its members have entries of their own
+    return found
+
+
+def test_every_public_name_has_a_docstring():
+    names = public()
+    assert len(names) > 40 and "fuseopt.optimizer.FusedOptimizer.swap_ema" in names
+    for name, value in names.items():
+        text = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__  # not a base's
+        assert text and not text.startswith(f"{name.rpartition('.')[2]}("), (
+            f"{name} has no docstring"
+        )  # nor dataclass's
+
+
+def test_the_reference_has_every_public_name(site):
+    """And no formula of which asterisks have made emphasis, nor a condition of which > has made a quotation."""
+    page = html(site, "reference")
+    for name in public():
+        assert f'id="{name}"' in page, f"{name} is missing from docs/pages/reference.md"
+    assert not re.search("<(em|strong|blockquote)>.*", page)
+
+
+def test_every_test_is_on_the_page_of_checks():
+    text = (ROOT / "docs" / "pages" / "checks.md").read_text()
+    patterns = re.findall(r"`tests/(test_[\w*]+\.py)`", text)
+    for file in (ROOT / "tests").glob("test_*.py"):
+        assert any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns), f"{file.name} is not explained there"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=stem)
@@ -44,7 +116,7 @@ def test_the_code_blocks_run_one_after_the_other(page, tmp_path, monkeypatch):
 
 def test_every_page_that_teaches_shows_code():
     for page in PAGES:
-        assert len(BLOCK.findall(page.read_text())) >= 1, page.name
+        assert len(BLOCK.findall(page.read_text())) >= 1 or page.stem in WITHOUT_CODE, page.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=stem)
