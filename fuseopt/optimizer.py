@@ -233,17 +233,9 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
     # ---- masks, averages, reports ---------------------------------------------------------------
 
     def statistics(self) -> Mapping[str, float]:
-        """The sums of the last step, by name; on a GPU this call waits for it, the step does not.
+        """The sums of the last step: grad_norm, param_norm, update_norm, zeros, nonfinite.
 
-            grad_norm    L2 norm of the unscaled, masked gradient, before clipping
-            param_norm   L2 norm of the new weights
-            update_norm  L2 norm of the weights' change
-            zeros        number of weights that are 0
-            nonfinite    number of gradient entries that are infinite or NaN
-
-        Over everything stepped, in all groups and on all processes, added up in double. At a step on which pruning
-        selects they are of the pass before the selection.
-        Raises RuntimeError before the first step, or without statistics=True.
+        See stages/statistics.py. Raises RuntimeError before the first step, or without statistics=True.
         """
         if self._statistics is None:
             why = "no step has been taken yet" if self.defaults["statistics"] else "pass statistics=True"
