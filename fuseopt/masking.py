@@ -81,7 +81,8 @@ class MaskMethods:
         as if it had not stopped (without `every` there is nothing to set again). copy.deepcopy and pickle
         lose it too.
 
-        Raises TypeError or ValueError for a mask that does not fit, with nothing changed.
+        Raises TypeError or ValueError for a mask that does not fit, with nothing changed; RuntimeError for a function
+        as keep inside swap_ema(), where it would look at the average.
         """
         found = matching(self, param)
         for _, name in found:

@@ -42,8 +42,8 @@ class PruneMethods:
                 model.parameters() then come in another order: export what goes by it, as diffusers' averages, before.
                 The model's forward is masked from then on; the optimizer steps `weight_orig`, and averages are of that.
 
-        Raises RuntimeError inside swap_ema(), ValueError with nothing changed if a pruned parameter is
-        not in `model` or is a DTensor, which torch.nn.utils.prune does not know.
+        Raises RuntimeError inside swap_ema(), TypeError for a model that is no module, ValueError with nothing changed
+        if a pruned parameter is not in `model` or is a DTensor, which torch.nn.utils.prune does not know.
         """
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"Invalid model: {type(model).__name__}; give the torch.nn.Module, or None")
