@@ -82,7 +82,7 @@ class MaskMethods:
         lose it too.
 
         Raises TypeError or ValueError for a mask that does not fit, with nothing changed; RuntimeError for a function
-        as keep inside swap_ema(), where it would look at the average.
+        as keep inside swap_ema(), which would look at the average.
         """
         found = matching(self, param)
         for _, name in found:
@@ -110,10 +110,7 @@ class MaskMethods:
     def keep_mask(self, param: Tensor | str) -> Tensor | None:
         """Boolean tensor of the parameter's shape, False where the mask in force holds it; None without a mask.
 
-        Args:
-            param: the parameter, or its name where the optimizer was given named parameters.
-
-        Raises ValueError for one that the optimizer does not have.
+        param: the parameter, or its name. Raises ValueError for one that the optimizer does not have.
         """
         _, p, _ = find(self, param)
         keep = mask.unfold(self.state.get(p, {}), local(p))

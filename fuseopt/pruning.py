@@ -22,10 +22,7 @@ class PruneMethods:
     def prune_mask(self, param: Tensor | str) -> Tensor | None:
         """Boolean tensor of the parameter's shape, True where pruned; None where nothing is.
 
-        Args:
-            param: the parameter, or its name where the optimizer was given named parameters.
-
-        Raises ValueError for one that the optimizer does not have.
+        param: the parameter, or its name. Raises ValueError for one that the optimizer does not have.
         """
         _, p, _ = find(self, param)
         pruned = mask.pruned(self.state.get(p, {}), local(p))
@@ -134,13 +131,7 @@ def _table(head: tuple, rows: list[tuple]) -> str:
 
 @dataclass(frozen=True)
 class Zeros:
-    """The zeros of one tensor, or of all.
-
-    Attributes:
-        name: the tensor's.
-        zeros: how many entries are 0.
-        elements: how many there are.
-    """
+    """The zeros of one tensor, or of all: its `name`, how many entries are 0, and of how many `elements`."""
 
     name: str
     zeros: int
