@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fuseopt
 
@@ -133,9 +134,15 @@ def test_every_file_named_exists(page):
 @pytest.mark.parametrize("script", PICTURES, ids=stem)
 def test_each_picture_can_be_made_again(script, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--out", str(tmp_path / "picture.png")])
-    runpy.run_path(str(script), run_name="__main__")
-    sys.modules["matplotlib.pyplot"].close("all")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runpy.run_path(str(script), run_name="__main__")  # in this process: importing torch anew takes longer than it
+    finally:
+        torch.set_num_threads(threads)
+        sys.modules["matplotlib.pyplot"].close("all")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert script.with_suffix(".png").exists(), "the picture in the page was not committed"
     assert any(f"pictures/{script.stem}.png" in page.read_text() for page in PAGES), "no page shows it"
