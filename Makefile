@@ -50,8 +50,9 @@ sanitize: $(VENV)/built
 bench: $(VENV)/built
 	$(RUN) bench/step.py $(ARGS)
 
+# The variable silences an advertisement of the theme.
 docs: $(VENV)/built
-	$(RUN) -m mkdocs build --quiet --strict -f docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict -f docs/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fuseopt/_C*.so .pytest_cache .benchmarks .hypothesis .ruff_cache

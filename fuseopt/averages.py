@@ -19,8 +19,12 @@ class AverageMethods:
         """Within the block the parameters hold average `k`; afterwards their own bits again, also if it raises.
 
         An average that has had no update yet is the weights themselves. Buffers are the model's own unless
-        `average_buffers` was called. Raises ValueError where no average `k` is configured, RuntimeError when
-        nested.
+        `average_buffers` was called.
+
+        Args:
+            k: which average, where several are kept; default 0.
+
+        Raises ValueError where no average `k` is configured, RuntimeError when nested.
         """
         self._validate_options()
         cuda_memory.settle(self)
@@ -28,11 +32,17 @@ class AverageMethods:
 
     @torch.no_grad()
     def copy_ema_to(self, model: torch.nn.Module, k: int = 0) -> None:
-        """Write average `k` into the parameters of `model`: the trained model, or another of its kind.
+        """Write average `k` into the parameters of `model`, rounded to their dtypes.
 
         An average that has had no update yet is the weights themselves. Buffers are left alone unless
-        `average_buffers` was called. Another model is matched by name, so the optimizer must have been given
-        named parameters. Raises ValueError, with nothing changed, where that is not so, a name or shape does
+        `average_buffers` was called.
+
+        Args:
+            model: the trained model, or another of its kind, which is matched by name; the optimizer must then have
+                been given named parameters.
+            k: which average, where several are kept; default 0.
+
+        Raises ValueError, with nothing changed, where that is not so, a name or shape does
         not match, or no average `k` is configured; RuntimeError for the trained model inside swap_ema().
         """
         self._validate_options()
@@ -54,11 +64,12 @@ class AverageMethods:
                 no average of (other parameters, and buffers unless `average_buffers` was called) is the
                 model's own.
             k: which average, where several are kept.
-            format: "model": as model.state_dict(), in the parameters' dtypes; timm saves this as
+            format: "model" (default): as model.state_dict(), in the parameters' dtypes; timm saves this as
                 `state_dict_ema`. The others hold the averages in the type that they are kept in:
-                "averaged_model": as torch.optim.swa_utils.AveragedModel.state_dict();
-                "timm": as timm.utils.ModelEmaV3.state_dict();
-                "diffusers": as diffusers' EMAModel.state_dict(); it can tell every schedule but "edm2".
+
+                - "averaged_model": as torch.optim.swa_utils.AveragedModel.state_dict();
+                - "timm": as timm.utils.ModelEmaV3.state_dict();
+                - "diffusers": as diffusers' EMAModel.state_dict(); it can tell every schedule but "edm2".
 
         Raises ValueError for an average that is not configured, an unknown format, a model that does not
         match, and, save for "model", parameters that processes share.
@@ -95,6 +106,9 @@ class AverageMethods:
         for fp64. swap_ema, copy_ema_to and ema_state_dict then carry them; buffers of other types stay the
         model's own. The values are saved with the optimizer. The model is not, and it is not kept alive:
         call this again after unpickling or copying the optimizer, before or after loading a checkpoint.
+
+        Args:
+            model: the trained model, or a part of it.
 
         Raises ValueError, with nothing changed, if the buffers are not those that were averaged before, or
         no average is configured.

@@ -60,8 +60,8 @@ class MaskMethods:
         """Restrict the updates of parameters to the entries where a mask is True.
 
         Args:
-            param: the parameter; or its name, or a shell pattern such as "*.bias" over the names, where the
-                optimizer was given named parameters. "*" means all in any case.
+            param: the parameter; or its name, or a shell pattern such as `"*.bias"` over the names, where the
+                optimizer was given named parameters. `"*"` means all in any case.
             keep: boolean tensor that broadcasts to the parameter (to the whole of it, where processes
                 share it), or a function of the parameter that returns one and is called at once, as
                 fuseopt.masks.nonzero. Kept unexpanded, at 1 bit an entry. It replaces the parameter's
@@ -81,7 +81,8 @@ class MaskMethods:
         as if it had not stopped (without `every` there is nothing to set again). copy.deepcopy and pickle
         lose it too.
 
-        Raises TypeError or ValueError for a mask that does not fit, with nothing changed.
+        Raises TypeError or ValueError for a mask that does not fit, with nothing changed; RuntimeError for a function
+        as keep inside swap_ema(), which would look at the average.
         """
         found = matching(self, param)
         for _, name in found:
@@ -107,7 +108,10 @@ class MaskMethods:
             mask.replace(self.state[p], p, None if all_true(values) else values, mode == "freeze")
 
     def keep_mask(self, param: Tensor | str) -> Tensor | None:
-        """Boolean tensor of the parameter's shape, False where the mask in force holds it; None without a mask."""
+        """Boolean tensor of the parameter's shape, False where the mask in force holds it; None without a mask.
+
+        param: the parameter, or its name. Raises ValueError for one that the optimizer does not have.
+        """
         _, p, _ = find(self, param)
         keep = mask.unfold(self.state.get(p, {}), local(p))
         return None if keep is None else whole(p, keep, set(range(p.dim())))

@@ -54,6 +54,8 @@ class TopGradient(Ranking):
     Args:
         share: of the entries to train, in [0, 1].
         scope: "tensor" (default) ranks each parameter alone, "global" all of them together.
+
+    Raises ValueError for values outside these.
     """
 
     def score(self, p: Tensor, w: Tensor, g: Tensor, t: int, place: int) -> Tensor:
@@ -61,10 +63,16 @@ class TopGradient(Ranking):
 
 
 class Fisher(Ranking):
-    """The largest sums of g**2, the diagonal of the empirical Fisher information (FISH mask, Sung et al. 2021).
+    """The largest sums of g^2, the diagonal of the empirical Fisher information (FISH mask, Sung et al. 2021).
 
-    Sums run from the step after it was set, over every step; the gradient is the mini-batch's, where the paper
-    takes single examples. This costs a pass over gradients and sums at each step. Arguments as TopGradient's.
+    Sums (fp32; fp64 for fp64) run from the step after it was set, over every step; the gradient is the mini-batch's,
+    where the paper takes single examples. This costs a pass over gradients and sums at each step.
+
+    Args:
+        share: of the entries to train, in [0, 1].
+        scope: "tensor" (default) ranks each parameter alone, "global" all of them together.
+
+    Raises ValueError for values outside these.
     """
 
     sums: ClassVar[bool] = True
@@ -76,9 +84,15 @@ class Fisher(Ranking):
 class Movement(Ranking):
     """The largest sums of -g*w: what moves away from zero (movement pruning, Sanh et al. 2020).
 
-    Signed: what shrinks comes last. Sums run from the step after it was set, over every step, w being the weight
-    before it; under maximize=True, of g*w. This costs a pass over gradients, weights and sums at each step.
-    Arguments as TopGradient's.
+    Signed: what shrinks comes last. Sums (fp32; fp64 for fp64) run from the step after it was set, over every step, w
+    being the weight before it; under maximize=True the sign is turned. This costs a pass over gradients, weights and
+    sums at each step.
+
+    Args:
+        share: of the entries to train, in [0, 1].
+        scope: "tensor" (default) ranks each parameter alone, "global" all of them together.
+
+    Raises ValueError for values outside these.
     """
 
     sums: ClassVar[bool] = True
@@ -98,6 +112,8 @@ class Random(Ranking):
     Args:
         share: of the entries to train, in [0, 1].
         seed: a whole number, default 0.
+
+    Raises ValueError for values outside these.
     """
 
     seed: int = 0
@@ -115,12 +131,20 @@ class Random(Ranking):
 
 
 def nonzero(param: Tensor) -> Tensor:
-    """Keep what is not zero now: a pruned model stays pruned while it is trained on."""
+    """Keep what is not zero now: a pruned model stays pruned while it is trained on.
+
+    Args:
+        param: the parameter, of any shape and dtype. Returns a boolean tensor of its shape.
+    """
     return param.detach() != 0
 
 
 def new_rows(param: Tensor, first: int) -> Tensor:
     """Keep the rows from `first` on: the new tokens of an embedding that was resized.
+
+    Args:
+        param: the parameter, of shape (rows, ...). Returns a boolean tensor of shape (rows, 1, ...).
+        first: index of the first row to train.
 
     Raises ValueError if `first` is no row, nor just behind the last; TypeError for a module in place of its weight.
     """

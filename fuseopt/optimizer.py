@@ -36,21 +36,28 @@ class FusedOptimizer(
 ):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
-    Stage options, by keyword on every class; the first four may differ between parameter groups, and
-    count from the next step on when edited in `param_groups`:
-        max_grad_norm: clip the gradient by its global L2 norm over all groups, scaling by
+    Each takes torch's arguments, then these stage options by keyword. The first four may differ between parameter
+    groups, and count from the next step on when edited in `param_groups`.
+
+    Parameters may be fp32, fp64, bf16 or fp16, of any shape and strides, on one device; arithmetic is in fp32 (fp64 for
+    fp64) and each result is rounded once when it is stored. Gradients are read, never written.
+
+    Keyword Args:
+        max_grad_norm (float | None): clip the gradient by its global L2 norm over all groups, scaling by
             min(1, max_grad_norm / (norm + 1e-6)). None (default): no clipping.
-        l1: L1 penalty, coupled or decoupled as weight_decay is. 0 (default): none.
-        ema: fuseopt.EMA, or a list of several: averages of the weights. None (default): none.
-        prune: fuseopt.Prune. None (default): none.
-        statistics: gather the sums that `statistics()` returns. False by default.
-        backend: "cpu" or "cuda" (compiled), "triton", "torch" (plain torch operations), or None to choose by device.
-        sharded: True where the parameters are this process's part of the model's, each on one process
+        l1 (float): L1 penalty, coupled or decoupled as weight_decay is. 0 (default): none.
+        ema (EMA | list[EMA] | None): averages of the weights, at most 8. None (default): none.
+        prune (Prune | None): None (default): none.
+        statistics (bool): gather the sums that `statistics()` returns. False by default.
+        backend (str | None): "cpu" or "cuda" (compiled), "triton", "torch" (plain torch operations), or None (default)
+            to choose by device.
+        sharded (bool): True where the parameters are this process's part of the model's, each on one process
             alone, as ZeroRedundancyOptimizer makes them: norm, statistics and pruning are then those of
             all processes together. Equal magnitudes are pruned by rank before order, and swap_ema and
             copy_ema_to reach the parameters of this process. DTensors need no such hint. Default: False.
 
-    Gradients are read, never written. A rule provides kernel, slots, counters, hyper, update.
+    Raises TypeError for an unknown option, ValueError for a value outside these and RuntimeError for a backend that is
+    not there. A rule provides kernel, slots, counters, hyper, update.
     """
 
     # Remade on demand after unpickling or deepcopy, which keep defaults, state and groups alone.
@@ -130,6 +137,9 @@ class FusedOptimizer(
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; the group may also carry max_grad_norm, l1, ema and prune.
 
+        Args:
+            param_group: a dict with "params" and what differs from the optimizer's defaults.
+
         Raises ValueError for a group with other values of `statistics`, `backend` or `sharded` than the
         optimizer's: they hold for the whole of it.
         """
@@ -196,8 +206,14 @@ class FusedOptimizer(
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient; returns the closure's loss, if one is given.
 
+        The order of its stages is that of the table in docs/pages/together.md. A step is whole or not at all: signals
+        wait.
+
+        Args:
+            closure: evaluates the model anew and returns the loss; called once, with gradients enabled.
+
         Raises ValueError or TypeError, with nothing changed, if a parameter, gradient or state cannot be
-        stepped; the message names it and the remedy.
+        stepped; the message names it and the remedy. Raises RuntimeError inside swap_ema().
         """
         if torch.compiler.is_compiling():  # one graph break: there is nothing in a step that a graph could hold
             return _eager_step(self, closure)
@@ -235,18 +251,27 @@ class FusedOptimizer(
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with masks and averages among the state. Tensors, numbers, strings, lists, dicts only."""
+        """As torch's, with masks (boolean tensors) and averages (`ema_0`, `ema_1`, ...) among the state.
+
+        Tensors, numbers, strings, lists and dicts only, so that torch.load(weights_only=True) reads it. torch's class
+        of the same name loads it. Waits for a GPU.
+        """
         self._validate_options()
         cuda_memory.settle(self)
         return checkpoint.outgoing(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`: of this class or of its torch counterpart.
+        """Continue from a state_dict of this class or of its torch counterpart.
 
         Averages, masks and counters come back in the type they were kept in. Hyper-parameters follow the
         checkpoint, as in torch, but stage options and masks that it has not (torch's, or saved without
-        them) stay as they are here, and a UserWarning tells what starts anew. Raises ValueError or
-        TypeError, with nothing changed, if the checkpoint is malformed or its groups or shapes differ.
+        them) stay as they are here, and a UserWarning tells what starts anew.
+
+        Args:
+            state_dict: what `state_dict()` returned, here or in torch.
+
+        Raises ValueError or TypeError, with nothing changed, if the checkpoint is malformed or its groups or shapes
+        differ.
         """
         checkpoint.load(self, state_dict, super().load_state_dict)
 

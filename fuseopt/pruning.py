@@ -20,7 +20,10 @@ class PruneMethods:
     """Methods of FusedOptimizer."""
 
     def prune_mask(self, param: Tensor | str) -> Tensor | None:
-        """Boolean tensor of the parameter's shape, True where pruned; None where nothing is."""
+        """Boolean tensor of the parameter's shape, True where pruned; None where nothing is.
+
+        param: the parameter, or its name. Raises ValueError for one that the optimizer does not have.
+        """
         _, p, _ = find(self, param)
         pruned = mask.pruned(self.state.get(p, {}), local(p))
         return None if pruned is None else whole(p, pruned, set(range(p.dim())))
@@ -36,8 +39,8 @@ class PruneMethods:
                 model.parameters() then come in another order: export what goes by it, as diffusers' averages, before.
                 The model's forward is masked from then on; the optimizer steps `weight_orig`, and averages are of that.
 
-        Raises RuntimeError inside swap_ema(), ValueError with nothing changed if a pruned parameter is
-        not in `model` or is a DTensor, which torch.nn.utils.prune does not know.
+        Raises RuntimeError inside swap_ema(), TypeError for a model that is no module, ValueError with nothing changed
+        if a pruned parameter is not in `model` or is a DTensor, which torch.nn.utils.prune does not know.
         """
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"Invalid model: {type(model).__name__}; give the torch.nn.Module, or None")
@@ -128,7 +131,7 @@ def _table(head: tuple, rows: list[tuple]) -> str:
 
 @dataclass(frozen=True)
 class Zeros:
-    """The zeros of one tensor, or of all."""
+    """The zeros of one tensor, or of all: its `name`, how many entries are 0, and of how many `elements`."""
 
     name: str
     zeros: int
@@ -136,6 +139,7 @@ class Zeros:
 
     @property
     def share(self) -> float:
+        """zeros / elements; 0 where there are none."""
         return self.zeros / self.elements if self.elements else 0.0
 
 
@@ -159,7 +163,11 @@ class ByName(Mapping):
 
 
 class Sparsity(ByName):
-    """What `sparsity` found: by name the Zeros of each tensor; `total`, `zeros`, `elements`, `share` of the whole."""
+    """What `sparsity` found: a mapping from names to the Zeros of each tensor. str() is a table.
+
+    Attributes:
+        total: the Zeros of the whole; `zeros`, `elements` and `share` are its own.
+    """
 
     def __init__(self, rows: list[Zeros]):
         super().__init__(rows)
@@ -177,6 +185,11 @@ def sparsity(source: nn.Module | torch.optim.Optimizer) -> Sparsity:
 
     What torch.nn.utils.prune masks counts as zero. Of DTensors the whole is counted, which all processes
     must ask for together; with sharded=True the parameters of this process.
+
+    Args:
+        source: a model or an optimizer, fuseopt's or torch's.
+
+    Raises TypeError for anything else.
     """
     found = [
         (name, w) for name, *_, w in (_named if isinstance(source, torch.optim.Optimizer) else _weights)(_known(source))
@@ -196,7 +209,12 @@ def _known(source) -> nn.Module | torch.optim.Optimizer:
 class Groups:
     """The groups of m entries of one tensor, and how many of them have more than n that are not zero.
 
-    first: the index of the first entry of the first such group; None where there is none.
+    Attributes:
+        name: the tensor's.
+        pattern: "n:m".
+        groups: how many groups there are.
+        violations: how many of them break the pattern.
+        first: the index of the first entry of the first such group; None where there is none.
     """
 
     name: str
@@ -207,7 +225,11 @@ class Groups:
 
 
 class PatternReport(ByName):
-    """What `check_n_m` found: by name the Groups of each tensor. True, and `passed`, if all keep to their pattern."""
+    """What `check_n_m` found: a mapping from names to the Groups of each tensor. True if all keep to their pattern.
+
+    Attributes:
+        passed: the same. str() is a table with a verdict.
+    """
 
     def __init__(self, rows: list[Groups]):
         super().__init__(rows)

@@ -29,7 +29,7 @@ class EvaluateAverage(Callback):
     was set up, as in validate() without fit() before.
 
     Checkpoints hold the model's own weights, from which training goes on, and the averages among the
-    optimizer states; so ModelCheckpoint's best is the one whose *average* scored best, saved as own weights.
+    optimizer states; so ModelCheckpoint's best is the one whose average scored best, saved as own weights.
     With save_average=True each checkpoint also has them averaged, as `average_state_dict`. test(ckpt_path=...)
     and its kin load the own weights and no averages: they run on the weights as they are, and so does what
     follows until the next fit().

@@ -21,7 +21,7 @@ class EvaluateAverage(TrainerCallback):
     step there is no average and the own weights are evaluated.
 
     Checkpoints hold the model's own weights, from which training goes on, and the averages in
-    optimizer.pt; so the best checkpoint is the one whose *average* scored best, saved as own weights.
+    optimizer.pt; so the best checkpoint is the one whose average scored best, saved as own weights.
     With save_average=True each checkpoint has a folder `average` beside, for from_pretrained. After
     load_best_model_at_end the model holds the own weights of the best step and the optimizer the averages
     of the last: evaluations then run on the weights as they are.

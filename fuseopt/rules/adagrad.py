@@ -7,12 +7,27 @@ from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
-    """torch.optim.Adagrad in one pass.
+    """torch.optim.Adagrad in one pass (Duchi, Hazan & Singer 2011).
 
-    sum = sum + g^2;  p = p - lr/(1 + (t-1)*lr_decay) * g / (sqrt(sum) + eps)
+        sum = sum + g^2
+        p = p - lr/(1 + (t - 1)*lr_decay) * g / (sqrt(sum) + eps)
 
-    Arguments are torch's, then decoupled_weight_decay=False and the stage options of FusedOptimizer by
-    keyword. foreach and fused are accepted and change nothing. Raises what torch raises.
+    t counts the parameter's steps from 1. State: `step` (0-dim, fp32) and `sum`, in the parameter's shape and dtype.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either, as torch takes them.
+        lr: step size, >= 0; a one-element tensor is read anew at each step.
+        lr_decay: at least 0.
+        weight_decay: at least 0; coupled: weight_decay*p is added to g.
+        initial_accumulator_value: what `sum` starts from, >= 0; the constructor's, whatever a group says.
+        eps: added to the root, >= 0.
+        foreach, fused: accepted and change nothing.
+        maximize: ascend: the gradient's sign is turned.
+        differentiable: must be False; True raises ValueError.
+        decoupled_weight_decay: `p = p*(1 - lr*weight_decay)` first, not coupled; torch's has no such option.
+        **stages: max_grad_norm, l1, ema, prune, statistics, backend, sharded: see FusedOptimizer.
+
+    Raises what torch raises for wrong values, and TypeError for an unknown option.
     """
 
     def __init__(

@@ -9,13 +9,30 @@ from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
-    """torch.optim.Adam in one pass.
+    """torch.optim.Adam in one pass (Kingma & Ba 2015; with amsgrad Reddi, Kale & Kumar 2018).
 
-    m = b1*m + (1-b1)*g;  v = b2*v + (1-b2)*g^2;  p = p - lr/(1-b1^t) * m / (sqrt(v)/sqrt(1-b2^t) + eps)
+        m = b1*m + (1 - b1)*g
+        v = b2*v + (1 - b2)*g^2
+        p = p - lr/(1 - b1^t) * m / (sqrt(v)/sqrt(1 - b2^t) + eps)
 
-    With amsgrad the largest v so far takes its place in the denominator. Arguments are torch's, then the
-    stage options of FusedOptimizer by keyword. foreach and fused are accepted and
-    change nothing; capturable lets a CUDA graph capture the step. Raises what torch raises for wrong values.
+    t counts the parameter's steps from 1. State: `step` (0-dim, fp32), `exp_avg` (m), `exp_avg_sq` (v) and, with
+    amsgrad, `max_exp_avg_sq`, in the parameter's shape and dtype.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either, as torch takes them.
+        lr: step size, >= 0; a one-element tensor is read anew at each step.
+        betas: (b1, b2), each in [0, 1).
+        eps: added to the root, >= 0.
+        weight_decay: at least 0; coupled: weight_decay*p is added to g.
+        amsgrad: the largest v so far takes v's place in the denominator.
+        foreach, fused: accepted and change nothing.
+        maximize: ascend: the gradient's sign is turned.
+        capturable: let a CUDA graph capture the step; on other devices it changes nothing.
+        differentiable: must be False; True raises ValueError.
+        decoupled_weight_decay: as AdamW: `p = p*(1 - lr*weight_decay)` first.
+        **stages: max_grad_norm, l1, ema, prune, statistics, backend, sharded: see FusedOptimizer.
+
+    Raises what torch raises for wrong values, and TypeError for an unknown option.
     """
 
     def __init__(
@@ -79,10 +96,27 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
 
 class AdamW(Adam, torch.optim.AdamW):
-    """torch.optim.AdamW in one pass: Adam with decoupled weight decay, p = p*(1 - lr*weight_decay) first.
+    """torch.optim.AdamW in one pass: Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
-    Arguments are torch's, then the stage options of FusedOptimizer by keyword. foreach and fused are accepted and
-    change nothing; capturable lets a CUDA graph capture the step. Raises what torch raises for wrong values.
+        p = p*(1 - lr*weight_decay)
+        m, v, p = as in Adam
+
+    State as Adam's.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either, as torch takes them.
+        lr: step size, >= 0; a one-element tensor is read anew at each step.
+        betas: (b1, b2), each in [0, 1).
+        eps: added to the root, >= 0.
+        weight_decay: at least 0, decoupled.
+        amsgrad: the largest v so far takes v's place in the denominator.
+        maximize: ascend: the gradient's sign is turned.
+        foreach, fused: accepted and change nothing.
+        capturable: let a CUDA graph capture the step; on other devices it changes nothing.
+        differentiable: must be False; True raises ValueError.
+        **stages: max_grad_norm, l1, ema, prune, statistics, backend, sharded: see FusedOptimizer.
+
+    Raises what torch raises for wrong values, and TypeError for an unknown option.
     """
 
     def __init__(

@@ -7,20 +7,27 @@ from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
 
 class Lion(FusedOptimizer):
-    """Lion in one pass; torch has no such class, so its arguments follow torch.optim.AdamW's.
+    """Lion in one pass (Chen et al. 2023, algorithm 2), with the arguments of AdamW: torch has no such class.
 
-    p = p*(1 - lr*weight_decay);  p = p - lr*sign(m + (1-b1)*(g - m));  m = m + (1-b2)*(g - m)
+        p = p*(1 - lr*weight_decay)
+        p = p - lr*sign(m + (1 - b1)*(g - m))
+        m = m + (1 - b2)*(g - m)
 
-    sign(0) = 0, so an entry that never had a gradient does not move. Decay is decoupled.
+    sign(0) = 0, so an entry that never had a gradient does not move. State: `exp_avg` (m), in the parameter's shape and
+    dtype.
 
     Args:
-        lr: step size; usual values are 3 to 10 times smaller than AdamW's.
+        params: parameters, (name, parameter) pairs, or groups of either, as torch takes them.
+        lr: step size, >= 0; usual values are 3 to 10 times smaller than AdamW's. A tensor is read anew at each step.
         betas: (b1, b2), each in [0, 1).
-        weight_decay: decoupled; usual values are 3 to 10 times larger than AdamW's.
+        weight_decay: at least 0, decoupled; usual values are 3 to 10 times larger than AdamW's.
+        maximize: ascend: the gradient's sign is turned.
+        foreach, fused: accepted and change nothing.
+        capturable: let a CUDA graph capture the step; on other devices it changes nothing.
+        differentiable: must be False; True raises ValueError.
+        **stages: max_grad_norm, l1, ema, prune, statistics, backend, sharded: see FusedOptimizer.
 
-    The stage options of FusedOptimizer follow by keyword. foreach and fused are accepted and
-    change nothing; capturable lets a CUDA graph capture the step. Raises ValueError for values outside these
-    ranges, TypeError for what is no number.
+    Raises ValueError for values outside these ranges, TypeError for what is no number and for an unknown option.
     """
 
     def __init__(

@@ -7,14 +7,32 @@ from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
 
 class NAdam(FusedOptimizer, torch.optim.NAdam):
-    """torch.optim.NAdam in one pass.
+    """torch.optim.NAdam in one pass: Adam with Nesterov momentum (Dozat 2016).
 
-    mu_t = b1*(1 - 0.96^(t*momentum_decay)/2);  M_t = mu_1*...*mu_t;  m, v as in Adam;
-    denom = sqrt(v/(1-b2^t)) + eps;
-    p = p - lr*(1-mu_t)/(1-M_t) * g/denom - lr*mu_{t+1}/(1-M_t*mu_{t+1}) * m/denom
+        mu_t = b1*(1 - 0.96^(t*momentum_decay)/2)
+        M_t = mu_1 * mu_2 * ... * mu_t
+        m, v = as in Adam
+        denom = sqrt(v/(1 - b2^t)) + eps
+        p = p - lr*(1 - mu_t)/(1 - M_t) * g/denom - lr*mu_(t+1)/(1 - M_t*mu_(t+1)) * m/denom
 
-    Arguments are torch's, then the stage options of FusedOptimizer by keyword. foreach is accepted and changes nothing;
-    are accepted and change nothing. Raises what torch raises for wrong values.
+    State: `step` and `mu_product` (M_t), both 0-dim, fp32; `exp_avg` (m) and `exp_avg_sq` (v), in the parameter's shape
+    and dtype.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either, as torch takes them.
+        lr: step size, >= 0; a one-element tensor is read anew at each step.
+        betas: (b1, b2), each in [0, 1).
+        eps: added to the root, >= 0.
+        weight_decay: at least 0; coupled: weight_decay*p is added to g.
+        momentum_decay: at least 0; how fast mu_t grows to b1.
+        decoupled_weight_decay: as AdamW: `p = p*(1 - lr*weight_decay)` first.
+        foreach: accepted and changes nothing.
+        maximize: ascend: the gradient's sign is turned.
+        capturable: let a CUDA graph capture the step; on other devices it changes nothing.
+        differentiable: must be False; True raises ValueError.
+        **stages: max_grad_norm, l1, ema, prune, statistics, backend, sharded: see FusedOptimizer.
+
+    Raises what torch raises for wrong values, and TypeError for an unknown option.
     """
 
     def __init__(

@@ -7,13 +7,28 @@ from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
-    """torch.optim.SGD in one pass.
+    """torch.optim.SGD in one pass (momentum: Polyak 1964; Nesterov's as in Sutskever et al. 2013).
 
-    buf = momentum*buf + (1-dampening)*g (at first buf = g);  d = g + momentum*buf if nesterov else buf;
-    p = p - lr*d.  Without momentum d = g and there is no state.
+        buf = momentum*buf + (1 - dampening)*g      at the parameter's first step buf = g
+        d = g + momentum*buf if nesterov else buf
+        p = p - lr*d
 
-    Arguments are torch's, then decoupled_weight_decay=False and the stage options of FusedOptimizer by
-    keyword. foreach and fused are accepted and change nothing. Raises what torch raises.
+    Without momentum d = g and there is no state; with it, `momentum_buffer` (buf), in the parameter's shape and dtype.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either, as torch takes them.
+        lr: step size, >= 0; a one-element tensor is read anew at each step.
+        momentum: at least 0.
+        dampening: share of g that does not enter the buffer.
+        weight_decay: at least 0; coupled: weight_decay*p is added to g.
+        nesterov: needs momentum > 0 and dampening 0.
+        maximize: ascend: the gradient's sign is turned.
+        foreach, fused: accepted and change nothing.
+        differentiable: must be False; True raises ValueError.
+        decoupled_weight_decay: `p = p*(1 - lr*weight_decay)` first, not coupled; torch's has no such option.
+        **stages: max_grad_norm, l1, ema, prune, statistics, backend, sharded: see FusedOptimizer.
+
+    Raises what torch raises for wrong values, and TypeError for an unknown option.
     """
 
     def __init__(

@@ -29,31 +29,34 @@ MAX_SIGMA_REL = 12**-0.5  # gamma = 0, the plain mean
 
 @dataclass(frozen=True)
 class EMA:
-    """A moving average of the weights: e = d*e + (1 - d)*p.
+    """A moving average of the weights, updated in the pass.
+
+        e = e + (1 - d)*(p - e)
 
     It is updated at the steps t > start (from 1) with (t - start) % every == 0. The number of such an update
     is u = (t - start) / every, from 1; the first one copies the weights, whatever d is. Before it the average
-    is the weights themselves.
+    is the weights themselves. Pruned entries are +0.0, frozen ones keep their bits.
 
     Args:
         decay: d in [0, 1], the share of the old average that stays; for warmup None, "timm", "diffusers".
         warmup: how d grows with the number of the update, s = u - 1 being 0 at the first:
-            None (default): d.
-            "timm": min(d, 1 - (1 + s)**(-2/3)), timm's ModelEmaV3(use_warmup=True), and with
-                use_ema_warmup=True diffusers' EMAModel.
-            "diffusers": min(d, (1 + s) / (10 + s)), diffusers' EMAModel.
-            "edm2": (1 - 1/u)**(gamma + 1), the power function of Karras et al., "Analyzing and Improving the
-                Training Dynamics of Diffusion Models" (2024), eq. 127, gamma being given by sigma_rel.
-            "swa": 1 - 1/u, the mean of the weights at the updates: stochastic weight averaging (Izmailov et
-                al. 2018), torch.optim.swa_utils.AveragedModel's default.
-        start: the step after which averaging begins. Negative: that many steps (updates times `every`) were
+
+            - None (default): d.
+            - "timm": min(d, 1 - (1 + s)^(-2/3)), timm's ModelEmaV3(use_warmup=True), and with
+              use_ema_warmup=True diffusers' EMAModel.
+            - "diffusers": min(d, (1 + s) / (10 + s)), diffusers' EMAModel.
+            - "edm2": (1 - 1/u)^(gamma + 1), the power function of Karras et al., "Analyzing and Improving the
+              Training Dynamics of Diffusion Models" (2024), eq. 127, gamma being given by sigma_rel.
+            - "swa": 1 - 1/u, the mean of the weights at the updates: stochastic weight averaging (Izmailov et
+              al. 2018), torch.optim.swa_utils.AveragedModel's default.
+        start: the step after which averaging begins, default 0. Negative: that many steps (updates times `every`) were
             averaged before this optimizer's first, as load_ema_state_dict sets it.
-        every: update at each `every`-th step only.
+        every: update at each `every`-th step only; at least 1, the default.
         dtype: "float32" (default; also torch.float32), fp64 for fp64 parameters; or "parameter", the
             parameter's own, rounded to nearest even: half the memory for 16-bit ones, but where d is near 1
             such an average hardly moves.
         sigma_rel: for "edm2": the width of the average relative to the length of training, in
-            (0, 12**-0.5]; sigma_rel**2 = (gamma + 1) / ((gamma + 2)**2 * (gamma + 3)).
+            (0, 12^(-1/2)]; sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 
     Raises ValueError for values outside these, or an argument that the schedule does not take.
     """

@@ -18,26 +18,37 @@ SCOPES = ("global", "tensor")
 class Prune:
     """Prunes the smallest weights to a sparsity, to a pattern, or everything below a threshold.
 
+    With x running from 0 at `begin` to 1 at `end`, the sparsity after a step that acts is
+
+        cubic   s*(1 - (1 - x)^3)      Zhu & Gupta 2017
+        linear  s*x
+        once    s, at `begin`
+
     Args:
-        sparsity: the share of zeros to reach, in [0, 1). Exactly round(sparsity * n) entries are
-            pruned, the smallest by (|p|, parameter order, flat index), n being all entries of the
+        sparsity: the share s of zeros to reach, in [0, 1). Exactly `round(sparsity * n)` entries are
+            pruned, the smallest by (magnitude as fp32, parameter order, row-major index), n being all entries of the
             prunable parameters; frozen entries count in n and are never chosen.
-        threshold: instead of a sparsity, prune |p| < threshold at every step from `begin` on.
-        pattern: "unstructured"; "n:m" such as "2:4", which takes no sparsity: of every m entries along
-            dimension 1 (input features, or channels) the n largest stay, of equal ones the first, and a
-            shorter last group is filled up with zeros; "rows": exactly round(sparsity * R) of all R
-            rows (dimension 0: output features, or channels), the smallest by (L2 norm, parameter
-            order, row), of those without a frozen entry.
-        scope: "global" ranks the prunable parameters of all groups with equal Prune options together,
+        pattern: one of
+
+            - "unstructured" (default).
+            - "n:m" such as "2:4", which takes no sparsity: of every m entries along
+              dimension 1 (input features, or channels) the n largest stay, of equal ones the first, and a
+              shorter last group is filled up with zeros. 0 < n < m <= 32.
+            - "rows": exactly `round(sparsity * R)` of all R
+              rows (dimension 0: output features, or channels), the smallest by (L2 norm, parameter
+              order, row), of those without a frozen entry.
+        scope: "global" (default) ranks the prunable parameters of all groups with equal Prune options together,
             "tensor" each alone.
-        schedule: how sparsity grows from 0 between `begin` and `end`: "cubic", s*(1 - (1 - x)**3) as
-            in Zhu & Gupta 2017; "linear", s*x; "once", s at `begin`. x runs from 0 to 1.
-        begin, end, every: acts at the steps t (from 1) with begin <= t <= end and
-            (t - begin) % every == 0; end must be such a step, or the sparsity would fall short. end=None
-            (default), with any schedule, acts once: at `begin`, to the full sparsity.
+        schedule: "cubic" (default), "linear" or "once".
+        begin: the first step that acts, from 1, the default.
+        end: the last one; acts at the steps t with begin <= t <= end and (t - begin) % every == 0, of which end must
+            be one, or the sparsity would fall short. None (default), with any schedule, acts once: at `begin`, to
+            the full sparsity.
+        every: steps from one that acts to the next; 1 by default.
         regrow: at each step that acts, what was pruned is let go first (save frozen entries): the update
             moves every weight, and all are ranked anew. False (default): masks only grow.
-        moments: "zero" clears the optimizer's state of pruned entries, "keep" leaves it running.
+        moments: "zero" (default) clears the optimizer's state of pruned entries, "keep" leaves it running.
+        threshold: instead of a sparsity, prune |p| < threshold at every step from `begin` on.
 
     Floating parameters with two or more dimensions that are trained (requires_grad) are pruned; a group
     with prune=None leaves its own alone. A threshold acts on what has a gradient. Raises ValueError for

@@ -113,8 +113,11 @@ class Tally:
 class Report:
     """What a checker found. str() is a table: of each check and stream the worst parameter.
 
-    passed: everything within its bound, and something was checked. steps: steps repeated from the live
-    state. trajectory_steps: steps of the copy that never resynchronises. rows: every figure, as dicts.
+    Attributes:
+        rows: every figure, as dicts.
+        steps: steps repeated from the live state.
+        trajectory_steps: steps of the copy that never resynchronises.
+        notes: lines that say what else happened, such as skipped steps.
     """
 
     def __init__(self, tally: Tally, steps: int, trajectory_steps: int, notes: list[str]):
@@ -123,6 +126,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether everything is within its bound, and something was checked."""
         return self.steps > 0 and all(row["passed"] for row in self.rows)
 
     def worst(self) -> list[dict]:
