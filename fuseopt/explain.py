@@ -1,5 +1,9 @@
 """`opt.explain()`: what one step does, and the bytes it moves."""
 
+from typing import Any
+
+from torch import Tensor
+
 from . import backends, masking
 from .distributed import local
 from .stages import ema, mask, prune
@@ -15,10 +19,10 @@ class Explanation:
         processes share, elements and bytes are those of this process.
     """
 
-    def __init__(self, opt):
+    def __init__(self, opt: Any) -> None:
         self.backend, self.why = backends.choose(opt), backends.why(opt)
         self.rows = [row for k, group in enumerate(opt.param_groups) for row in _rows(opt, k, group)]
-        self.bytes_per_step = sum(row["bytes"] for row in self.rows)
+        self.bytes_per_step: int = sum(row["bytes"] for row in self.rows)
 
     def __str__(self) -> str:
         head = f"{'group':>5} {'dtype':>9} {'tensors':>8} {'elements':>12}" + "".join(f"{s:>9}" for s in STREAMS)
@@ -38,10 +42,10 @@ class Explanation:
 STREAMS = ("param", "grad", "moments", "ema", "masks", "norm")
 
 
-def _rows(opt, k: int, group: dict) -> list[dict]:
+def _rows(opt: Any, k: int, group: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each dtype among the trained parameters of a group."""
     norm = any(g["max_grad_norm"] for g in opt.param_groups)
-    rows: dict = {}
+    rows: dict[str, dict[str, Any]] = {}
     for p in group["params"]:
         if not p.requires_grad and p.grad is None:
             continue
@@ -65,14 +69,14 @@ def _rows(opt, k: int, group: dict) -> list[dict]:
     return list(rows.values())
 
 
-def _average_bytes(options: dict, group: dict, p) -> int:
+def _average_bytes(options: dict[str, Any], group: dict[str, Any], p: Tensor) -> int:
     """Bytes read and written for an average, a step on the mean over `every`; a threshold works on it in each."""
     each = 2 * local(p).numel() * ema.dtype_of(options, p).itemsize
     prunes = (group["prune"] or {}).get("threshold") is not None and prune.prunable(p)
     return each if prunes else round(each / options["every"])
 
 
-def _mask_bytes(state: dict, group: dict, p) -> int:
+def _mask_bytes(state: dict[str, Any], group: dict[str, Any], p: Tensor) -> int:
     """Bits read (and, with a threshold, written) for the user's mask and the pruned entries, in bytes."""
     bits = state.get("mask_period", 0)
     options = group["prune"]

@@ -7,7 +7,7 @@ in double) -> backends (compiled pass or torch reference) -> pruning, if this st
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from .options import GROUP_OPTIONS, WHOLE_OPTIONS, StageOptions, Unpack, drop_wh
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
+Loss = TypeVar("Loss")  # what a closure returns: a float or a tensor
 
-class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.AverageMethods, torch.optim.Optimizer):
+
+class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.AverageMethods):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
     Stage options, by keyword on every class; the first four may differ between parameter groups, and
@@ -39,9 +41,9 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
     """
 
     # Remade on demand after unpickling or deepcopy, which keep defaults, state and groups alone.
-    _stage_defaults: dict | None = None
-    _table = None
-    _valid: list | None = None  # the groups' stage options when they were last validated
+    _stage_defaults: dict[str, Any] | None = None
+    _table: Any = None
+    _valid: list[Any] | None = None  # the groups' stage options when they were last validated
     _fused_asked = False
 
     @property
@@ -61,38 +63,40 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
     # ---- what a rule provides -------------------------------------------------------------------
 
     @staticmethod
-    def kernel(group: dict) -> str:
+    def kernel(group: dict[str, Any]) -> str:
         """The rule's name in schema.RULES for these options."""
         raise NotImplementedError
 
     @staticmethod
-    def slots(group: dict) -> tuple[str, ...]:
+    def slots(group: dict[str, Any]) -> tuple[str, ...]:
         """State keys of the moments, in the order of the kernel."""
         raise NotImplementedError
 
     @staticmethod
-    def counters(group: dict) -> tuple[str, ...]:
+    def counters(group: dict[str, Any]) -> tuple[str, ...]:
         """State keys of the 0-dim counters, in the order of the kernel."""
         raise NotImplementedError
 
     @staticmethod
-    def hyper(group: dict) -> tuple[float, ...]:
+    def hyper(group: dict[str, Any]) -> tuple[float, ...]:
         """The rule's numbers as doubles, in the order of the kernel."""
         raise NotImplementedError
 
     @staticmethod
-    def initial(defaults: dict) -> float:
+    def initial(defaults: dict[str, Any]) -> float:
         """The value that new moments start from; as in torch, the constructor's, whatever a group says."""
         return 0.0
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+    def update(
+        p: Tensor, g: Tensor, slot: dict[str, Tensor], counter: dict[str, float], hyper: tuple[float, ...]
+    ) -> Tensor:
         """The formula, in torch: returns the new p; replaces the entries of slot and counter."""
         raise NotImplementedError
 
     # ---- construction ---------------------------------------------------------------------------
 
-    def _set_stage_defaults(self, stages: dict, differentiable: bool, **more: Any) -> None:
+    def _set_stage_defaults(self, stages: StageOptions, differentiable: bool, **more: Any) -> None:
         """Validate the stage options; called before torch's constructor looks at the parameters."""
         refuse_differentiable(differentiable)
         allowed = {**GROUP_OPTIONS, **WHOLE_OPTIONS}
@@ -108,7 +112,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         normalise(defaults)
         self._stage_defaults = defaults
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group may also carry max_grad_norm, l1, ema and prune.
 
         Raises ValueError for a group with other values of `statistics`, `backend` or `sharded` than the
@@ -139,7 +143,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         cuda_memory.settle(self)
         return super().__getstate__()
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Not class attributes: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
         self.__dict__.setdefault("_statistics", None)
@@ -175,6 +179,10 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
 
     # ---- the step -------------------------------------------------------------------------------
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient; returns the closure's loss, if one is given.
 
@@ -250,4 +258,4 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         checkpoint.load(self, state_dict, super().load_state_dict)
 
 
-_eager_step = torch._disable_dynamo(FusedOptimizer.step)
+_eager_step: Callable[..., Any] = torch._disable_dynamo(FusedOptimizer.step)  # type: ignore[attr-defined]

@@ -1,8 +1,11 @@
 """The options that every optimizer takes beside torch's own, and their validation."""
 
-from typing import Any, TypedDict
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
 
 from .stages import clip, decay, ema, prune
+from .stages.ema import EMA
+from .stages.prune import Prune
 
 try:  # Python 3.11
     from typing import Unpack
@@ -17,10 +20,10 @@ class StageOptions(TypedDict, total=False):
 
     max_grad_norm: float | None
     l1: float
-    ema: Any
-    prune: Any
+    ema: EMA | dict[str, Any] | Sequence[EMA | dict[str, Any]] | None
+    prune: Prune | dict[str, Any] | None
     statistics: bool
-    backend: str | None
+    backend: Literal["cpu", "cuda", "triton", "torch"] | None
     sharded: bool
 
 
@@ -28,7 +31,7 @@ GROUP_OPTIONS = {"max_grad_norm": None, "l1": 0.0, "ema": None, "prune": None}
 WHOLE_OPTIONS = {"statistics": False, "backend": None, "sharded": False}
 
 
-def drop_whole(group: dict) -> None:
+def drop_whole(group: dict[str, Any]) -> None:
     """Remove what torch copies from the defaults into every group, though it holds for the optimizer."""
     for name in WHOLE_OPTIONS:
         group.pop(name, None)
@@ -40,7 +43,7 @@ def refuse_differentiable(differentiable: bool) -> None:
         raise ValueError("fuseopt does not support differentiable=True; use the class of torch.optim")
 
 
-def normalise(group: dict) -> None:
+def normalise(group: dict[str, Any]) -> None:
     """Validate the stage options of a group and turn them into plain data."""
     refuse_differentiable(group.get("differentiable", False))
     decay.check(group)

@@ -6,6 +6,7 @@ weight that should be gone. Between pruning steps the mask rides in the update p
 
 import re
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,16 +47,16 @@ class Prune:
 
     sparsity: float | None = None
     pattern: str = "unstructured"
-    scope: str = "global"
-    schedule: str = "cubic"
+    scope: Literal["global", "tensor"] = "global"
+    schedule: Literal["cubic", "linear", "once"] = "cubic"
     begin: int = 1
     end: int | None = None
     every: int = 1
     regrow: bool = False
-    moments: str = "zero"
+    moments: Literal["zero", "keep"] = "zero"
     threshold: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_pattern()
         if self.sparsity is not None and not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1):
             raise ValueError(f"Invalid sparsity: {self.sparsity!r}; give a number in [0, 1)")
@@ -124,12 +125,12 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"Invalid Prune {name}: {value!r}; use one of {', '.join(map(repr, allowed))}")
 
 
-def is_n_m(options: dict | None) -> bool:
+def is_n_m(options: dict[str, Any] | None) -> bool:
     """Whether a group's options prune to a pattern n:m."""
     return options is not None and ":" in options["pattern"]
 
 
-def sparsity_at(options: dict | None, t: int) -> float | None:
+def sparsity_at(options: dict[str, Any] | None, t: int) -> float | None:
     """The sparsity to prune to at step t; None at steps that do not select."""
     if options is None or options["threshold"] is not None:
         return None
@@ -144,7 +145,7 @@ def sparsity_at(options: dict | None, t: int) -> float | None:
     return s * x if options["schedule"] == "linear" else s * (1 - (1 - x) ** 3)
 
 
-def threshold_at(options: dict | None, t: int) -> float:
+def threshold_at(options: dict[str, Any] | None, t: int) -> float:
     """The threshold in force at step t; 0, which prunes nothing, where there is none."""
     if options is None or options["threshold"] is None or t < options["begin"]:
         return 0.0
@@ -200,7 +201,7 @@ def apply(x: Tensor, pruned: Tensor) -> Tensor:
     return torch.where(pruned, 0.0, x)
 
 
-def normalise(group: dict) -> None:
+def normalise(group: dict[str, Any]) -> None:
     """Turn group["prune"] (None, Prune or dict) into None or a plain dict, validated."""
     given = group["prune"]
     if given is None:
