@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "Makefile", "constraints.txt"]
+TOP = [p.name for p in ROOT.iterdir() if p.is_file() and not p.name.startswith(".")]
 FOLDERS = ["csrc", "kernels", "fuseopt", "tests", "bench", "examples", "docs", ".ci"]
 GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc", "*.egg-info", ".*_cache")
 
