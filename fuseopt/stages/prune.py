@@ -174,16 +174,16 @@ def smallest(weights: list[Tensor], candidates: list[Tensor], count: int) -> lis
 def smallest_of_m(w: Tensor, candidates: Tensor, pruned: Tensor, n: int, m: int) -> Tensor:
     """The reference of n:m: which candidates go, one group after the other. Shapes as `w`."""
     flat = [x.movedim(1, -1).reshape(-1, w.shape[1]) for x in (w.detach().float().abs(), candidates, pruned)]
-    keys, free, gone = flat
-    chosen = torch.zeros_like(free)
-    for row in range(len(keys)):
-        for first in range(0, keys.shape[1], m):
-            group = range(first, min(first + m, keys.shape[1]))
-            count = len(group) - n - int(gone[row, group].sum())
-            ranked = sorted((j for j in group if free[row, j]), key=lambda j: (float(keys[row, j]), -j))
-            chosen[row, ranked[: max(count, 0)]] = True
+    chosen = torch.zeros(flat[1].shape, dtype=torch.bool).tolist()  # lists: indexing tensors is slow
+    for row, keys, free, gone in zip(chosen, *(x.tolist() for x in flat), strict=True):
+        for first in range(0, len(keys), m):
+            group = range(first, min(first + m, len(keys)))
+            count = len(group) - n - sum(gone[j] for j in group)
+            ranked = sorted((j for j in group if free[j]), key=lambda j: (keys[j], -j))
+            for j in ranked[: max(count, 0)]:
+                row[j] = True
     moved = w.movedim(1, -1).shape
-    return chosen.reshape(moved).movedim(-1, 1)
+    return torch.tensor(chosen, dtype=torch.bool, device=w.device).reshape(moved).movedim(-1, 1)
 
 
 def smallest_rows(weights: list[Tensor], candidates: list[Tensor], count: int) -> list[Tensor]:
