@@ -51,9 +51,10 @@ def run(*arguments):
 def test_vectors_and_registers(kernels):
     if kernels == "cuda" and not (NVCC or list((ROOT / "fuseopt").glob("_CUDA*.so"))):
         pytest.skip("fuseopt._CUDA is not built and nvcc was not found")
-    done = run("--only", kernels)
+    one = ["--archs", "90"] if kernels == "triton" else []  # of four, which take a minute to compile; all: the script
+    done = run("--only", kernels, *one)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"\n{kernels} ") > 28  # a line each: 13 kernels of CUDA, 28 of Triton for each GPU
+    assert done.stdout.count(f"\n{kernels} ") >= 28  # a line each: 13 kernels of CUDA for three GPUs, 28 of Triton
 
 
 def test_the_module_is_small():
