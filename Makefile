@@ -79,7 +79,10 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	fi
 	@echo "Installing into $(VENV); the first time this takes a minute or more"
 	$(PIP) install -c $(VENV)/constraints.txt setuptools pybind11 ninja
-	FUSEOPT_NATIVE=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[finetune,test]'
+	@# The module compiles while pip downloads. What goes wrong there is said by the next rule, which does the same.
+	$(RUN) setup.py -q build_ext --inplace >/dev/null 2>&1 & \
+	  FUSEOPT_NATIVE=0 $(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[finetune,test]'; \
+	  status=$$?; wait; exit $$status
 	$(PIP) install -c $(VENV)/constraints.txt --no-deps timm  # it would add torchvision; its optimizers do without
 	@touch $@
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,9 +173,12 @@ def compiled(root: Path, archs: list[int], paths: list[Path], pool: ThreadPoolEx
 # ---- Triton's --------------------------------------------------------------------------------------------
 
 
-def triton_kernels(root: Path, archs: list[int]) -> list[Kernel]:
+KINDS = ("step", "masked", "statistics", "norm", "norm-masked", "clip")  # of Triton's kernels
+
+
+def triton_kernels(root: Path, archs: list[int], amd: bool = True, kinds: Sequence[str] = KINDS) -> list[Kernel]:
     """Triton's update by Adam with an average in every dtype, and by every rule in fp32; with masks, with statistics;
-    the norm and the clipping factor. For NVIDIA and AMD."""
+    the norm and the clipping factor: those of `kinds`. For NVIDIA and, with `amd`, AMD."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
     sys.path.insert(0, str(root))
     import triton.language as tl
@@ -182,23 +186,26 @@ def triton_kernels(root: Path, archs: list[int]) -> list[Kernel]:
 
     from kernels import aot, rules
 
-    targets = [GPUTarget("cuda", arch, 32) for arch in archs] + [GPUTarget("hip", "gfx942", 64)]
+    targets = [GPUTarget("cuda", arch, 32) for arch in archs] + [GPUTarget("hip", "gfx942", 64)] * amd
     cases = [("adam", dtype, 1) for dtype in DTYPES.values()] + [(rule, "float32", 0) for rule in rules.RULES]
     kernels = []
-    for target, (rule, dtype, averages) in itertools.product(targets, cases):
+    for target, (rule, dtype, averages) in itertools.product(targets, cases if "step" in kinds else ()):
         least = [twice(dtype) * k for k in vectors(rules.RULES[rule].slots, dtype, averages)]
         name = f"step {rule} {dtype}" + " + average" * averages
         kernels.append(triton_kernel(name, aot.build(rule, dtype, target, averages=averages), target, least))
     for target, dtype in itertools.product(targets, DTYPES.values()):
         whole = [twice(dtype) * k for k in vectors(2, dtype, 0)]
-        for kind, least in (("masked", whole), ("statistics", (0, 0) if dtype.endswith("16") else whole)):
+        passes = {"masked": whole, "statistics": (0, 0) if dtype.endswith("16") else whole}
+        for kind, least in ((kind, least) for kind, least in passes.items() if kind in kinds):
             kernels.append(
                 triton_kernel(f"{kind} adam {dtype}", aot.build("adam", dtype, target, **{kind: True}), target, least)
             )
-        for kind, masked in (("norm", False), ("norm-masked", True)):
-            built = reduction("grad_norm", dtype, target, MASKED=masked, DTYPE=getattr(tl, dtype))
+        for kind in [kind for kind in ("norm", "norm-masked") if kind in kinds]:
+            built = reduction("grad_norm", dtype, target, MASKED=kind == "norm-masked", DTYPE=getattr(tl, dtype))
             kernels.append(triton_kernel(f"{kind} {dtype}", built, target, (twice(dtype), 0)))
-    return kernels + [triton_kernel("clip", reduction("clip", "float32", target), target, (0, 0)) for target in targets]
+    for target in targets if "clip" in kinds else ():
+        kernels.append(triton_kernel("clip", reduction("clip", "float32", target), target, (0, 0)))
+    return kernels
 
 
 def twice(dtype: str) -> int:
@@ -275,17 +282,18 @@ def table(kernels: list[Kernel]) -> str:
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--only", choices=("cuda", "triton"), help="the kernels of one backend")
-    p.add_argument("--archs", nargs="+", type=int, default=list(ARCHS), help="10 * compute capability")
+    p.add_argument("--archs", nargs="+", type=int, help="10 * compute capability; not AMD then")
+    p.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of Triton's kernels")
     p.add_argument("--root", type=Path, default=ROOT, help="the folder that holds csrc/ and kernels/")
     p.add_argument("--json", type=Path, metavar="PATH", help="write the table's figures there, too")
     args = p.parse_args(argv)
     kernels, notes = [], []
     if args.only != "triton":
-        found, note = cuda_kernels(args.root, args.archs)
+        found, note = cuda_kernels(args.root, args.archs or list(ARCHS))
         kernels += found
         notes.append(note)
     if args.only != "cuda":
-        kernels += triton_kernels(args.root, args.archs)
+        kernels += triton_kernels(args.root, args.archs or list(ARCHS), not args.archs, args.kinds)
     print("\n".join([table(kernels), *notes]))
     if args.json:
         args.json.write_text(json.dumps([asdict(k) | {"problems": k.problems()} for k in kernels], indent=1))

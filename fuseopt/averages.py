@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from . import buffers, cuda_memory, ema_formats
+from .base import StagedOptimizer
 from .distributed import drop_gathered, local, part, placed_alike
 from .ema_state import match, of
 from .interrupts import held
 
 
-class AverageMethods:
+class AverageMethods(StagedOptimizer):
     """What FusedOptimizer offers for the averages of `ema=`."""
 
     def swap_ema(self, k: int = 0) -> AbstractContextManager[None]:
@@ -56,7 +57,12 @@ class AverageMethods:
                 target, average = local(target), part(target, average)
             target.copy_(average)
 
-    def ema_state_dict(self, model: torch.nn.Module, k: int = 0, format: str = "model") -> dict[str, Any]:
+    def ema_state_dict(
+        self,
+        model: torch.nn.Module,
+        k: int = 0,
+        format: Literal["model", "averaged_model", "timm", "diffusers"] = "model",
+    ) -> dict[str, Any]:
         """Average `k` as a state_dict, a snapshot that no later step changes.
 
         Args:
@@ -118,7 +124,7 @@ class AverageMethods:
 
 
 @contextmanager
-def swapped(opt, k: int) -> Iterator[None]:
+def swapped(opt: Any, k: int) -> Iterator[None]:
     """What FusedOptimizer.swap_ema returns."""
     if opt._swapped:
         raise RuntimeError("swap_ema() inside swap_ema(): leave the first with-block before another")

@@ -8,14 +8,17 @@ of the model, none of them anywhere else (ZeroRedundancyOptimizer).
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_dtensor(x: Any) -> bool:
+
+def is_dtensor(x: Any) -> "TypeGuard[DTensor]":
     """Whether x is a DTensor. Nobody has one while its module, which takes a second, is not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

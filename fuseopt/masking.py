@@ -4,15 +4,17 @@ Recomputing comes before the first write of a step. What it replaces in the stat
 raises, so that such a step changes nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from . import cuda_memory, plan, ranking
+from .base import StagedOptimizer
 from .checks import find, name_of, unknown_name
 from .distributed import aligned, is_dtensor, local, whole
 from .masks import Ranking, new_rows, nonzero
@@ -26,7 +28,7 @@ Members = list[tuple[plan.GroupStep, Tensor]]
 class Dynamic:
     """A mask recomputed by `fn` at the steps t with (t - 1) % every == 0; with every=None at the next step, once."""
 
-    fn: Callable | Ranking
+    fn: Callable[..., Any] | Ranking
     every: int | None
     freezes: dict[Tensor, bool]  # by parameter: whether the mode is "freeze"
 
@@ -39,22 +41,22 @@ class Dynamic:
     def ranks_all(self) -> bool:
         return isinstance(self.fn, Ranking) and self.fn.scope == "global"
 
-    def is_due(self, t: int, state: dict) -> bool:
+    def is_due(self, t: int, state: dict[str, Any]) -> bool:
         """Whether the mask in a parameter's state must be recomputed at step t."""
         scheduled = self.every is None or (t - 1) % self.every == 0
         return scheduled or "mask_keep" not in state or state.get("mask_t") == 0
 
 
-class MaskMethods:
+class MaskMethods(StagedOptimizer):
     """What FusedOptimizer says of masks."""
 
     def mask(
         self,
         param: Tensor | str,
         keep: Tensor | Callable[[Tensor], Tensor] | None = None,
-        mode: str = "freeze",
+        mode: Literal["freeze", "grad"] = "freeze",
         *,
-        fn: Callable | Ranking | None = None,
+        fn: Callable[..., Any] | Ranking | None = None,
         every: int | None = None,
     ) -> None:
         """Restrict the updates of parameters to the entries where a mask is True.
@@ -117,7 +119,7 @@ class MaskMethods:
         return None if keep is None else whole(p, keep, set(range(p.dim())))
 
 
-def matching(opt, param: Tensor | str) -> list[tuple[Tensor, str]]:
+def matching(opt: Any, param: Tensor | str) -> list[tuple[Tensor, str]]:
     """(parameter, how messages call it) of all that `param` means. Raises ValueError if there are none.
 
     With sharded=True there may be: the parameter may lie on another process.
@@ -135,7 +137,7 @@ def matching(opt, param: Tensor | str) -> list[tuple[Tensor, str]]:
 
 
 @torch.no_grad()
-def evaluated(keep: Tensor | Callable, p: Tensor, name: str) -> Tensor:
+def evaluated(keep: Any, p: Tensor, name: str) -> Tensor:
     """The mask that opt.mask was given, checked."""
     if isinstance(keep, Ranking) or (isinstance(keep, type) and issubclass(keep, Ranking)):
         kind = keep if isinstance(keep, type) else type(keep)
@@ -151,7 +153,7 @@ def all_true(keep: Tensor) -> bool:
     return bool(every.full_tensor() if is_dtensor(every) else every)
 
 
-def check_dynamic(fn: Callable | Ranking, every: int | None) -> None:
+def check_dynamic(fn: Callable[..., Any] | Ranking, every: int | None) -> None:
     """Raise TypeError or ValueError for arguments that cannot recompute a mask."""
     if isinstance(fn, type) and issubclass(fn, Ranking):
         raise TypeError(f"Invalid fn: the class {fn.__name__}; give one of it, as fuseopt.masks.{fn.__name__}(0.1)")
@@ -166,7 +168,7 @@ def check_dynamic(fn: Callable | Ranking, every: int | None) -> None:
 # ---- which masks are dynamic ----------------------------------------------------------------------
 
 
-def start(opt, fn: Callable | Ranking, every: int | None, params: list[Tensor], freeze: bool) -> None:
+def start(opt: Any, fn: Callable[..., Any] | Ranking, every: int | None, params: list[Tensor], freeze: bool) -> None:
     """Have the masks of these parameters recomputed from the next step on."""
     earlier = {p: one.fn for one in opt._dynamic for p in one.freezes}
     going_on = {p for p in params if earlier.get(p, fn) == fn}  # set again: its scores, which may be loaded, count
@@ -189,7 +191,7 @@ def start(opt, fn: Callable | Ranking, every: int | None, params: list[Tensor], 
         mask.widen(state, p)
 
 
-def stop(opt, params: list[Tensor], going_on: set[Tensor] = frozenset()) -> None:
+def stop(opt: Any, params: list[Tensor], going_on: Collection[Tensor] = ()) -> None:
     """The masks of these parameters are not recomputed any more; scores are dropped, save of those going on."""
     for one in opt._dynamic:
         for p in params:
@@ -202,7 +204,7 @@ def stop(opt, params: list[Tensor], going_on: set[Tensor] = frozenset()) -> None
     opt._dynamic[:] = [one for one in opt._dynamic if one.freezes or opt.defaults["sharded"]]
 
 
-def score_bytes(opt, p: Tensor) -> int:
+def score_bytes(opt: Any, p: Tensor) -> int:
     """What a step reads and writes to add up the scores of a parameter on this process."""
     each = [
         one.fn.reads * p.element_size() + 2 * compute_dtype(p.dtype).itemsize
@@ -215,7 +217,7 @@ def score_bytes(opt, p: Tensor) -> int:
 # ---- in a step --------------------------------------------------------------------------------------
 
 
-def todo(opt, step: plan.Step) -> list[tuple[Dynamic, Members, Members]]:
+def todo(opt: Any, step: plan.Step) -> list[tuple[Dynamic, Members, Members]]:
     """(mask, its parameters that have a gradient, those of them for which it is due), where there is work."""
     if not opt._dynamic:
         return []
@@ -230,7 +232,7 @@ def todo(opt, step: plan.Step) -> list[tuple[Dynamic, Members, Members]]:
 
 
 @contextmanager
-def recomputed(opt, step: plan.Step) -> Iterator[None]:
+def recomputed(opt: Any, step: plan.Step) -> Iterator[None]:
     """Within the block the masks are those of this step; if it raises, those from before it again."""
     work = todo(opt, step)
     touched = [p for _, members, _ in work for _, p in members]
@@ -255,7 +257,7 @@ def recomputed(opt, step: plan.Step) -> Iterator[None]:
     opt._dynamic[:] = [one for one in opt._dynamic if one.freezes or opt.defaults["sharded"]]
 
 
-def _recompute(opt, step: plan.Step, one: Dynamic, members: Members, due: Members) -> None:
+def _recompute(opt: Any, step: plan.Step, one: Dynamic, members: Members, due: Members) -> None:
     """Add up the scores of a mask's members, and write the masks of those that are due."""
     if isinstance(one.fn, Ranking):
         scores = _scores(opt, step, one, members if one.sums else due)
@@ -272,19 +274,19 @@ def _recompute(opt, step: plan.Step, one: Dynamic, members: Members, due: Member
 
 def _unscaled(gs: plan.GroupStep, p: Tensor) -> Tensor:
     """The gradient as it would be without a loss scale: in the type of the arithmetic, as fp16 could not hold it."""
-    scale = gs.stage["inv_grad_scale"]
-    return p.grad if scale == 1 else p.grad.to(compute_dtype(p.dtype)) * scale
+    scale, g = gs.stage["inv_grad_scale"], cast(Tensor, p.grad)
+    return g if scale == 1 else g.to(compute_dtype(p.dtype)) * scale
 
 
-def _scores(opt, step: plan.Step, one: Dynamic, members: Members) -> dict[Tensor, Tensor]:
+def _scores(opt: Any, step: plan.Step, one: Dynamic, members: Members) -> dict[Tensor, Tensor]:
     """The score of each of these parameters on this process, and in the state where scores are added up."""
     place = {p: k for k, p in enumerate(p for group in opt.param_groups for p in group["params"])}
     scores = {}
     for gs, p in members:
         kind, here, state = compute_dtype(p.dtype), local(p).detach(), opt.state[p]
-        g, factor = local(aligned(p, p.grad)).to(kind), gs.stage["inv_grad_scale"] * gs.stage["direction"]
+        g, factor = local(aligned(p, cast(Tensor, p.grad))).to(kind), gs.stage["inv_grad_scale"] * gs.stage["direction"]
         g = g if factor == 1 else g * factor
-        score = one.fn.score(p, here.to(kind), g, step.t, place[p])
+        score = cast(Ranking, one.fn).score(p, here.to(kind), g, step.t, place[p])
         if one.sums:
             score = score + local(state["mask_score"]) if "mask_score" in state else score
             state["mask_score"] = whole(p, score.contiguous(), set(range(p.dim())))  # a new one: see `recomputed`
@@ -292,7 +294,7 @@ def _scores(opt, step: plan.Step, one: Dynamic, members: Members) -> dict[Tensor
     return scores
 
 
-def _ranked(opt, fn: Ranking, params: list[Tensor], scores: list[Tensor]) -> list[Tensor]:
+def _ranked(opt: Any, fn: Ranking, params: list[Tensor], scores: list[Tensor]) -> list[Tensor]:
     if fn.scope == "global":
         return ranking.largest(params, scores, fn.share, opt.defaults["sharded"])
     return [ranking.largest([p], [score], fn.share, False)[0] for p, score in zip(params, scores, strict=True)]

@@ -14,7 +14,7 @@ Functions of a parameter, for keep=, are called once:
 
 import zlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +29,11 @@ class Ranking:
     """Keeps the share of entries with the largest score."""
 
     share: float
-    scope: str = "tensor"
+    scope: Literal["tensor", "global"] = "tensor"
     sums: ClassVar[bool] = False  # whether scores are added up, at every step; else they are of one step
     reads: ClassVar[int] = 1  # how many of gradient and weight it reads
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
             raise ValueError(f"Invalid {type(self).__name__} share: {self.share!r}; give a number in [0, 1]")
         if self.scope not in ("tensor", "global"):
@@ -117,9 +117,9 @@ class Random(Ranking):
     """
 
     seed: int = 0
-    scope: ClassVar[str] = "tensor"
+    scope: ClassVar[Literal["tensor"]] = "tensor"  # type: ignore[misc]  # not an argument here
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"Invalid Random seed: {self.seed!r}; give a whole number")

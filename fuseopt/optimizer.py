@@ -5,8 +5,8 @@ in double) -> backends (compiled pass or torch reference) -> pruning, if this st
 """
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,14 +26,9 @@ from .options import (
 
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
+Loss = TypeVar("Loss")  # what a closure returns: a float or a tensor
 
-class FusedOptimizer(
-    masking.MaskMethods,
-    pruning.PruneMethods,
-    averages.AverageMethods,
-    explain.ReportMethods,
-    torch.optim.Optimizer,
-):
+class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.AverageMethods, explain.ReportMethods):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
     Each takes torch's arguments, then these stage options by keyword. The first four may differ between parameter
@@ -61,10 +56,10 @@ class FusedOptimizer(
     """
 
     # Remade on demand after unpickling or deepcopy, which keep defaults, state and groups alone.
-    _stage_defaults: dict | None = None
-    _table = None
-    _kept = None  # of the last step, for the next; see cpu.py
-    _valid: list | None = None  # the groups' stage options when they were last validated
+    _stage_defaults: dict[str, Any] | None = None
+    _table: Any = None
+    _kept: Any = None  # of the last step, for the next; see cpu.py
+    _valid: list[Any] | None = None  # the groups' stage options when they were last validated
     _fused_asked = False
 
     @property
@@ -84,27 +79,27 @@ class FusedOptimizer(
     # ---- what a rule provides -------------------------------------------------------------------
 
     @staticmethod
-    def kernel(group: dict) -> str:
+    def kernel(group: dict[str, Any]) -> str:
         """The rule's name in schema.RULES for these options."""
         raise NotImplementedError
 
     @staticmethod
-    def slots(group: dict) -> tuple[str, ...]:
+    def slots(group: dict[str, Any]) -> tuple[str, ...]:
         """State keys of the moments, in the order of the kernel."""
         raise NotImplementedError
 
     @staticmethod
-    def counters(group: dict) -> tuple[str, ...]:
+    def counters(group: dict[str, Any]) -> tuple[str, ...]:
         """State keys of the 0-dim counters, in the order of the kernel."""
         raise NotImplementedError
 
     @staticmethod
-    def hyper(group: dict) -> tuple[float, ...]:
+    def hyper(group: dict[str, Any]) -> tuple[float, ...]:
         """The rule's numbers as doubles, in the order of the kernel."""
         raise NotImplementedError
 
     @staticmethod
-    def initial(defaults: dict) -> float | None:
+    def initial(defaults: dict[str, Any]) -> float | None:
         """The value that new moments start from; as in torch, the constructor's, whatever a group says.
 
         None: the first pass writes them whatever they hold, and zeros where no pass follows at once.
@@ -112,13 +107,15 @@ class FusedOptimizer(
         return 0.0
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+    def update(
+        p: Tensor, g: Tensor, slot: dict[str, Tensor], counter: dict[str, float], hyper: tuple[float, ...]
+    ) -> Tensor:
         """The formula, in torch: returns the new p; replaces the entries of slot and counter."""
         raise NotImplementedError
 
     # ---- construction ---------------------------------------------------------------------------
 
-    def _set_stage_defaults(self, stages: dict, differentiable: bool, **more: Any) -> None:
+    def _set_stage_defaults(self, stages: StageOptions, differentiable: bool, **more: Any) -> None:
         """Validate the stage options; called before torch's constructor looks at the parameters."""
         refuse_differentiable(differentiable)
         allowed = {**GROUP_OPTIONS, **WHOLE_OPTIONS}
@@ -134,7 +131,7 @@ class FusedOptimizer(
         normalise(defaults)
         self._stage_defaults = defaults
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group may also carry max_grad_norm, l1, ema and prune.
 
         Args:
@@ -168,7 +165,7 @@ class FusedOptimizer(
         cuda_memory.settle(self)
         return super().__getstate__()
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Not class attributes: Lightning's wrapper subclasses the class and finds ours only where it has none itself.
         self.__dict__.setdefault("_statistics", None)
@@ -203,6 +200,10 @@ class FusedOptimizer(
 
     # ---- the step -------------------------------------------------------------------------------
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient; returns the closure's loss, if one is given.
 
@@ -276,4 +277,4 @@ class FusedOptimizer(
         checkpoint.load(self, state_dict, super().load_state_dict)
 
 
-_eager_step = torch._disable_dynamo(FusedOptimizer.step)
+_eager_step: Callable[..., Any] = torch._disable_dynamo(FusedOptimizer.step)  # type: ignore[attr-defined]

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import custom_from_mask
 
 from . import cuda_memory
+from .base import StagedOptimizer
 from .checks import find, name_of
 from .distributed import Parts, drop_gathered, is_dtensor, local, whole
 from .interrupts import held
@@ -16,7 +17,7 @@ from .patterns import groups
 from .stages import mask, prune
 
 
-class PruneMethods:
+class PruneMethods(StagedOptimizer):
     """Methods of FusedOptimizer."""
 
     def prune_mask(self, param: Tensor | str) -> Tensor | None:
@@ -48,7 +49,7 @@ class PruneMethods:
             raise RuntimeError("finalize_pruning() inside swap_ema(): leave the with-block first")
         cuda_memory.settle(self)
         every = dict.fromkeys(p for group in self.param_groups for p in group["params"])
-        pruned = {p: self.prune_mask(p) for p in every if "prune_mask" in self.state.get(p, {})}
+        pruned = {p: gone for p in every if (gone := self.prune_mask(p)) is not None}
         places = [] if model is None else [(place, p) for p in pruned for place in _places(self, model, p)]
         drop_gathered()
         with held(), torch.no_grad():
@@ -61,7 +62,7 @@ class PruneMethods:
                 custom_from_mask(module, name, ~pruned[p])
 
 
-def _end(state: dict, p: Tensor, gone: Tensor, without_value: set[str]) -> None:
+def _end(state: dict[str, Any], p: Tensor, gone: Tensor, without_value: set[str]) -> None:
     """Zero what is pruned of a parameter and its averages, and forget it."""
     averages = [value for key, value in state.items() if key.startswith("ema_") and key not in without_value]
     for x in (p, *averages):
@@ -71,7 +72,7 @@ def _end(state: dict, p: Tensor, gone: Tensor, without_value: set[str]) -> None:
         state.pop("mask_order", None)
 
 
-def _places(opt, model: nn.Module, p: Tensor) -> list[tuple[nn.Module, str]]:
+def _places(opt: Any, model: nn.Module, p: Tensor) -> list[tuple[nn.Module, str]]:
     """(module, name) wherever the model holds p; under the name that torch.nn.utils.prune goes by."""
     if is_dtensor(p):
         raise ValueError(
@@ -114,7 +115,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
             yield f"{prefix}.{name}".removeprefix("."), module, p.detach() if masked is None else p * masked
 
 
-def _named(opt: torch.optim.Optimizer) -> Iterator[tuple[str, dict, Tensor]]:
+def _named(opt: torch.optim.Optimizer) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
     """(name, group, parameter) of an optimizer; as in its messages where it has no names."""
     for group in opt.param_groups:
         names = group.get("param_names") or [name_of(opt, p) for p in group["params"]]
@@ -122,7 +123,7 @@ def _named(opt: torch.optim.Optimizer) -> Iterator[tuple[str, dict, Tensor]]:
             yield name, group, p
 
 
-def _table(head: tuple, rows: list[tuple]) -> str:
+def _table(head: tuple[Any, ...], rows: list[tuple[Any, ...]]) -> str:
     """Columns as wide as they must be: the first to the left, the others to the right."""
     lines = [tuple(map(str, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -143,13 +144,16 @@ class Zeros:
         return self.zeros / self.elements if self.elements else 0.0
 
 
-class ByName(Mapping):
+Row = TypeVar("Row", "Zeros", "Groups")
+
+
+class ByName(Mapping[str, Row]):
     """Rows of a report by the names of their tensors; prints as a table."""
 
-    def __init__(self, rows: list):
-        self._rows = {row.name: row for row in rows}
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows: dict[str, Row] = {row.name: row for row in rows}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Row:
         return self._rows[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -162,14 +166,14 @@ class ByName(Mapping):
         return str(self)
 
 
-class Sparsity(ByName):
+class Sparsity(ByName[Zeros]):
     """What `sparsity` found: a mapping from names to the Zeros of each tensor. str() is a table.
 
     Attributes:
         total: the Zeros of the whole; `zeros`, `elements` and `share` are its own.
     """
 
-    def __init__(self, rows: list[Zeros]):
+    def __init__(self, rows: list[Zeros]) -> None:
         super().__init__(rows)
         self.total = Zeros("all", sum(row.zeros for row in rows), sum(row.elements for row in rows))
         self.zeros, self.elements, self.share = self.total.zeros, self.total.elements, self.total.share
@@ -191,18 +195,19 @@ def sparsity(source: nn.Module | torch.optim.Optimizer) -> Sparsity:
 
     Raises TypeError for anything else.
     """
-    found = [
-        (name, w) for name, *_, w in (_named if isinstance(source, torch.optim.Optimizer) else _weights)(_known(source))
-    ]
-    zeros = torch.tensor([local(w).numel() - int(local(w).count_nonzero()) for _, w in found], dtype=torch.int64)
-    zeros = Parts([w for _, w in found]).each(zeros).tolist()
+    _check_known(source)
+    if isinstance(source, torch.optim.Optimizer):
+        found = [(name, w) for name, _, w in _named(source)]
+    else:
+        found = [(name, w) for name, _, w in _weights(source)]
+    own = torch.tensor([local(w).numel() - int(local(w).count_nonzero()) for _, w in found], dtype=torch.int64)
+    zeros = Parts([w for _, w in found]).each(own).tolist()
     return Sparsity([Zeros(name, z, w.numel()) for (name, w), z in zip(found, zeros, strict=True)])
 
 
-def _known(source) -> nn.Module | torch.optim.Optimizer:
+def _check_known(source: object) -> None:
     if not isinstance(source, (nn.Module, torch.optim.Optimizer)):
         raise TypeError(f"got {type(source).__name__}; give a model or an optimizer")
-    return source
 
 
 @dataclass(frozen=True)
@@ -224,14 +229,14 @@ class Groups:
     first: tuple[int, ...] | None
 
 
-class PatternReport(ByName):
+class PatternReport(ByName[Groups]):
     """What `check_n_m` found: a mapping from names to the Groups of each tensor. True if all keep to their pattern.
 
     Attributes:
         passed: the same. str() is a table with a verdict.
     """
 
-    def __init__(self, rows: list[Groups]):
+    def __init__(self, rows: list[Groups]) -> None:
         super().__init__(rows)
         self.passed = all(row.violations == 0 for row in rows)
 
@@ -263,7 +268,8 @@ def check_n_m(source: nn.Module | torch.optim.Optimizer, pattern: str | None = N
     all processes must ask for together. Raises ValueError where there is nothing to check; not with sharded=True,
     as what there is may lie on other processes.
     """
-    if isinstance(_known(source), nn.Module):
+    _check_known(source)
+    if isinstance(source, nn.Module):
         found = [(name, pattern or "2:4", w) for name, module, w in _weights(source) if _is_weight(name, module)]
     else:
         found = [
@@ -290,4 +296,4 @@ def _check(name: str, pattern: str, w: Tensor) -> Groups:
     first = wrong.nonzero()[0].tolist() if bool(wrong.any()) else None
     if first:
         first[1] *= m
-    return Groups(name, pattern, wrong.numel(), int(wrong.sum()), first and tuple(first))
+    return Groups(name, pattern, wrong.numel(), int(wrong.sum()), tuple(first) if first else None)

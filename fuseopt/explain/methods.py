@@ -3,18 +3,18 @@
 from typing import Any
 
 from .. import backends
+from ..base import StagedOptimizer
 from ..stages.statistics import Statistics
 from .explanation import Explanation
 from .stopwatch import Stopwatch
 
 
-class ReportMethods:
+class ReportMethods(StagedOptimizer):
     """What FusedOptimizer says of its steps."""
 
     # Of the instance, which optimizer.py makes: see __setstate__ there.
     _stopwatch: Stopwatch | None
     _statistics: Any
-    defaults: dict[str, Any]
 
     def statistics(self) -> Statistics:
         """The sums of the last step, as a mapping: grad_norm, param_norm, update_norm, zeros, nonfinite.

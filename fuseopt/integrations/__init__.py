@@ -7,6 +7,7 @@ timm.py          the optimizers in timm's registry
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from typing import Any
 
 from ..optimizer import FusedOptimizer
 
@@ -19,14 +20,14 @@ def missing(module: str, package: str, error: ImportError) -> ImportError:
     )
 
 
-def unwrap(optimizer):
+def unwrap(optimizer: Any) -> Any:
     """The optimizer inside the wrappers of accelerate and Lightning."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     return optimizer
 
 
-def averaging(optimizers: Iterable, k: int) -> list[FusedOptimizer]:
+def averaging(optimizers: Iterable[Any], k: int) -> list[FusedOptimizer]:
     """Those of the optimizers that keep an average `k`, unwrapped. Raises ValueError if none does."""
     found = []
     for optimizer in map(unwrap, optimizers):

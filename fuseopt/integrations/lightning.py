@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 from . import averaging, missing, swap
 
@@ -41,31 +42,31 @@ class EvaluateAverage(Callback):
     fit() raises ValueError if no optimizer keeps an average `k`.
     """
 
-    def __init__(self, k: int = 0, save_average: bool = False):
+    def __init__(self, k: int = 0, save_average: bool = False) -> None:
         self.k, self.save_average = k, save_average
         self._swapped = ExitStack()
         self._belongs = True  # the averages belong to the weights in the model
 
-    def _enter(self, trainer, *_):
+    def _enter(self, trainer: Any, *_: Any) -> None:
         self._leave()
         self._belongs &= trainer.state.fn == "fit" or trainer.ckpt_path is None
         self._swapped = self._swap(trainer)
 
-    def _leave(self, *_):
+    def _leave(self, *_: Any) -> None:
         self._swapped.close()
 
-    def _swap(self, trainer):
+    def _swap(self, trainer: Any) -> ExitStack:
         usable = self._belongs and trainer.optimizers
         return swap(averaging(trainer.optimizers, self.k) if usable else [], self.k)
 
     on_validation_start = on_test_start = on_predict_start = _enter
     on_validation_end = on_test_end = on_predict_end = on_exception = _leave
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._belongs = True
         averaging(trainer.optimizers, self.k)  # raise now rather than after the first epoch
 
-    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.save_average:
             with self._swap(trainer):
                 state = pl_module.state_dict()

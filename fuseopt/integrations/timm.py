@@ -9,18 +9,19 @@ take "fuseopt_adamw" for its own "adamw". As timm's own, fuseopt-sgd has Nestero
 the plain one.
 """
 
+from typing import Any
+
 from .. import rules
 from . import missing
 
 try:
-    from timm.optim import OptimInfo
-    from timm.optim._optim_factory import default_registry
+    from timm.optim._optim_factory import OptimInfo, default_registry
 except ImportError as error:
     raise missing("timm", "timm", error) from error
 
 PREFIX = "fuseopt-"
-BETAS = {"has_betas": True}
-MOMENTUM = {"has_eps": False, "has_momentum": True}
+BETAS: dict[str, Any] = {"has_betas": True}
+MOMENTUM: dict[str, Any] = {"has_eps": False, "has_momentum": True}
 
 ENTRIES = (
     OptimInfo(f"{PREFIX}adamw", rules.AdamW, "fuseopt AdamW", **BETAS),

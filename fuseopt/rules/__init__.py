@@ -6,4 +6,6 @@ from .lion import Lion
 from .nadam import NAdam
 from .sgd import SGD
 
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam"]
+
 ALL = (AdamW, Adam, SGD, NAdam, Adagrad, Lion)

@@ -1,7 +1,10 @@
 """Adagrad (Duchi, Hazan & Singer 2011), as torch defines it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
@@ -32,7 +35,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-2,
         lr_decay: float = 0,
         weight_decay: float = 0,
@@ -45,7 +48,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         **stages: Unpack[StageOptions],
-    ):
+    ) -> None:
         self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=decoupled_weight_decay)
         super().__init__(
             params,
@@ -60,27 +63,29 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         )
 
     @staticmethod
-    def kernel(group: dict) -> str:
+    def kernel(group: dict[str, Any]) -> str:
         return "adagrad"
 
     @staticmethod
-    def slots(group: dict) -> tuple[str, ...]:
+    def slots(group: dict[str, Any]) -> tuple[str, ...]:
         return ("sum",)
 
     @staticmethod
-    def initial(defaults: dict) -> float:
+    def initial(defaults: dict[str, Any]) -> float:
         return defaults["initial_accumulator_value"]
 
     @staticmethod
-    def counters(group: dict) -> tuple[str, ...]:
+    def counters(group: dict[str, Any]) -> tuple[str, ...]:
         return ("step",)
 
     @staticmethod
-    def hyper(group: dict) -> tuple[float, ...]:
+    def hyper(group: dict[str, Any]) -> tuple[float, ...]:
         return float(group["lr"]), float(group["lr_decay"]), float(group["eps"])
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+    def update(
+        p: Tensor, g: Tensor, slot: dict[str, Tensor], counter: dict[str, float], hyper: tuple[float, ...]
+    ) -> Tensor:
         lr, lr_decay, eps = hyper
         t = counter["step"] = counter["step"] + 1
         slot["sum"] = total = slot["sum"] + g * g

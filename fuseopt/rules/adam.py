@@ -1,9 +1,11 @@
 """Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019), with AMSGrad (Reddi et al. 2018)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
@@ -37,7 +39,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -51,7 +53,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         **stages: Unpack[StageOptions],
-    ):
+    ) -> None:
         self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=decoupled_weight_decay)
         super().__init__(
             params,
@@ -67,24 +69,26 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         )
 
     @staticmethod
-    def kernel(group: dict) -> str:
+    def kernel(group: dict[str, Any]) -> str:
         return "adam_amsgrad" if group["amsgrad"] else "adam"
 
     @staticmethod
-    def slots(group: dict) -> tuple[str, ...]:
+    def slots(group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
     @staticmethod
-    def counters(group: dict) -> tuple[str, ...]:
+    def counters(group: dict[str, Any]) -> tuple[str, ...]:
         return ("step",)
 
     @staticmethod
-    def hyper(group: dict) -> tuple[float, ...]:
+    def hyper(group: dict[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return float(group["lr"]), float(beta1), float(beta2), float(group["eps"])
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+    def update(
+        p: Tensor, g: Tensor, slot: dict[str, Tensor], counter: dict[str, float], hyper: tuple[float, ...]
+    ) -> Tensor:
         lr, beta1, beta2, eps = hyper
         t = counter["step"] = counter["step"] + 1
         slot["exp_avg"] = m = torch.lerp(slot["exp_avg"], g, 1 - beta1)
@@ -121,7 +125,7 @@ class AdamW(Adam, torch.optim.AdamW):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -134,7 +138,7 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         **stages: Unpack[StageOptions],
-    ):
+    ) -> None:
         self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=True)
         torch.optim.AdamW.__init__(
             self,

@@ -1,7 +1,10 @@
 """Lion: sign of an interpolated momentum (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms")."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
@@ -32,7 +35,7 @@ class Lion(FusedOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
@@ -43,7 +46,7 @@ class Lion(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         **stages: Unpack[StageOptions],
-    ):
+    ) -> None:
         self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=True)
         for name, value in (("learning rate", lr), ("weight_decay", weight_decay)):
             if not isinstance(value, (int, float, Tensor)):
@@ -74,24 +77,26 @@ class Lion(FusedOptimizer):
         super().__init__(params, defaults)
 
     @staticmethod
-    def kernel(group: dict) -> str:
+    def kernel(group: dict[str, Any]) -> str:
         return "lion"
 
     @staticmethod
-    def slots(group: dict) -> tuple[str, ...]:
+    def slots(group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
 
     @staticmethod
-    def counters(group: dict) -> tuple[str, ...]:
+    def counters(group: dict[str, Any]) -> tuple[str, ...]:
         return ()
 
     @staticmethod
-    def hyper(group: dict) -> tuple[float, ...]:
+    def hyper(group: dict[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return float(group["lr"]), float(beta1), float(beta2)
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+    def update(
+        p: Tensor, g: Tensor, slot: dict[str, Tensor], counter: dict[str, float], hyper: tuple[float, ...]
+    ) -> Tensor:
         lr, beta1, beta2 = hyper
         m = slot["exp_avg"]
         slot["exp_avg"] = torch.lerp(m, g, 1 - beta2)

@@ -1,7 +1,10 @@
 """NAdam: Adam with Nesterov momentum (Dozat 2016), as torch defines it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
@@ -37,7 +40,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 2e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -50,7 +53,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         capturable: bool = False,
         differentiable: bool = False,
         **stages: Unpack[StageOptions],
-    ):
+    ) -> None:
         self._set_stage_defaults(stages, differentiable)
         super().__init__(
             params,
@@ -66,30 +69,32 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         )
 
     @staticmethod
-    def kernel(group: dict) -> str:
+    def kernel(group: dict[str, Any]) -> str:
         return "nadam"
 
     @staticmethod
-    def slots(group: dict) -> tuple[str, ...]:
+    def slots(group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
     @staticmethod
-    def counters(group: dict) -> tuple[str, ...]:
+    def counters(group: dict[str, Any]) -> tuple[str, ...]:
         return ("step", "mu_product")
 
     @staticmethod
-    def hyper(group: dict) -> tuple[float, ...]:
+    def hyper(group: dict[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["momentum_decay"])
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+    def update(
+        p: Tensor, g: Tensor, slot: dict[str, Tensor], counter: dict[str, float], hyper: tuple[float, ...]
+    ) -> Tensor:
         lr, beta1, beta2, eps, momentum_decay = hyper
         t = counter["step"] = counter["step"] + 1
         mu = beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
-        product = torch.tensor(counter["mu_product"]) * torch.tensor(mu)  # in the default type, as torch keeps it
-        product = counter["mu_product"] = float(product)
+        grown = torch.tensor(counter["mu_product"]) * torch.tensor(mu)  # in the default type, as torch keeps it
+        product = counter["mu_product"] = float(grown)
         slot["exp_avg"] = m = torch.lerp(slot["exp_avg"], g, 1 - beta1)
         slot["exp_avg_sq"] = v = beta2 * slot["exp_avg_sq"] + (1 - beta2) * g * g
         denom = (v / (1 - beta2**t)).sqrt() + eps

@@ -1,7 +1,10 @@
 """Stochastic gradient descent with momentum, dampening and Nesterov's form, as torch defines them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..optimizer import FusedOptimizer, StageOptions, Unpack
 
@@ -33,7 +36,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
@@ -46,7 +49,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         **stages: Unpack[StageOptions],
-    ):
+    ) -> None:
         self._set_stage_defaults(stages, differentiable, decoupled_weight_decay=decoupled_weight_decay)
         super().__init__(
             params,
@@ -61,30 +64,32 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         )
 
     @staticmethod
-    def kernel(group: dict) -> str:
+    def kernel(group: dict[str, Any]) -> str:
         return "sgd_momentum" if group["momentum"] else "sgd"
 
     @staticmethod
-    def slots(group: dict) -> tuple[str, ...]:
+    def slots(group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
     @staticmethod
-    def initial(defaults: dict) -> None:
+    def initial(defaults: dict[str, Any]) -> None:
         return None
 
     @staticmethod
-    def counters(group: dict) -> tuple[str, ...]:
+    def counters(group: dict[str, Any]) -> tuple[str, ...]:
         return ()
 
     @staticmethod
-    def hyper(group: dict) -> tuple[float, ...]:
+    def hyper(group: dict[str, Any]) -> tuple[float, ...]:
         lr = float(group["lr"])
         if not group["momentum"]:
             return (lr,)
         return lr, float(group["momentum"]), float(group["dampening"]), float(group["nesterov"])
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, slot: dict, counter: dict, hyper: tuple[float, ...]) -> Tensor:
+    def update(
+        p: Tensor, g: Tensor, slot: dict[str, Tensor], counter: dict[str, float], hyper: tuple[float, ...]
+    ) -> Tensor:
         if not slot:
             return p - hyper[0] * g
         lr, momentum, dampening, nesterov = hyper

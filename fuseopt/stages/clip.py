@@ -1,5 +1,7 @@
 """Clipping by the global norm of the gradient (stage 4), as torch.nn.utils.clip_grad_norm_ scales it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def unscale(g: Tensor, inv_grad_scale: float) -> Tensor:
     return g * torch.as_tensor(inv_grad_scale, dtype=g.dtype)
 
 
-def check(group: dict) -> None:
+def check(group: dict[str, Any]) -> None:
     """Raise ValueError unless max_grad_norm is None or a number > 0 (inf only measures)."""
     value = group["max_grad_norm"]
     if value is not None and (not isinstance(value, (int, float)) or not value > 0):

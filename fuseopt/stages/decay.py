@@ -5,11 +5,13 @@ Decoupled, it acts on the weights: p*(1 - lr*l2) before the rule, the soft thres
 sign(p)*max(|p| - lr*l1, 0) after it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def scalars(group: dict, lr: float) -> dict[str, float]:
+def scalars(group: dict[str, Any], lr: float) -> dict[str, float]:
     """The decay scalars of a step, in double; each is neutral where its form is not chosen.
 
     L1 follows weight decay: coupled where the decay is coupled, a soft threshold where it is decoupled.
@@ -36,7 +38,7 @@ def soft_threshold(p: Tensor, threshold: float) -> Tensor:
     return torch.copysign((p.abs() - threshold).clamp(min=0), p)
 
 
-def check(group: dict) -> None:
+def check(group: dict[str, Any]) -> None:
     """Raise ValueError unless l1 is a finite number >= 0."""
     l1 = group["l1"]
     if not isinstance(l1, (int, float)) or not 0 <= l1 < float("inf"):

@@ -12,7 +12,7 @@ that is NaN, whatever w is, frozen ones too. Nothing but that update writes to i
 
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,13 +62,13 @@ class EMA:
     """
 
     decay: float | None = None
-    warmup: str | None = None
+    warmup: Literal["timm", "diffusers", "edm2", "swa"] | None = None
     start: int = 0
     every: int = 1
-    dtype: Any = "float32"
+    dtype: Literal["float32", "parameter"] | torch.dtype = "float32"
     sigma_rel: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.warmup not in WARMUPS:
             raise ValueError(f"Invalid EMA warmup: {self.warmup!r}; use one of {', '.join(map(repr, WARMUPS))}")
         if self.sigma_rel is not None and self.warmup != "edm2":
@@ -78,8 +78,9 @@ class EMA:
                 raise ValueError(f"Invalid EMA decay: {self.decay!r}; give a number in [0, 1]")
         elif self.decay is not None:
             raise ValueError(f"Invalid EMA decay: {self.decay!r}; warmup={self.warmup!r} takes none, leave it out")
-        is_number = isinstance(self.sigma_rel, (int, float))
-        if self.warmup == "edm2" and not (is_number and 0 < self.sigma_rel <= MAX_SIGMA_REL):
+        if self.warmup == "edm2" and not (
+            isinstance(self.sigma_rel, (int, float)) and 0 < self.sigma_rel <= MAX_SIGMA_REL
+        ):
             raise ValueError(
                 f"Invalid EMA sigma_rel: {self.sigma_rel!r}; warmup='edm2' takes a number in (0, 12**-0.5]"
             )
@@ -100,17 +101,17 @@ def gamma(sigma_rel: float) -> float:
     return max(0.0, float(np.roots([1, 7, 16 - t, 12 - t]).real.max()))
 
 
-def updates(options: dict, t: int) -> int:
+def updates(options: dict[str, Any], t: int) -> int:
     """How many updates an average has had after the optimizer's step t."""
     return max(0, (t - options["start"]) // options["every"])
 
 
-def is_due(options: dict, t: int) -> bool:
+def is_due(options: dict[str, Any], t: int) -> bool:
     """Whether step t (from 1) updates an average."""
     return t > options["start"] and (t - options["start"]) % options["every"] == 0
 
 
-def weight(options: dict, t: int) -> float:
+def weight(options: dict[str, Any], t: int) -> float:
     """w = 1 - d of step t, for the update that it makes; -1 where it makes none."""
     if not is_due(options, t):
         return -1.0
@@ -146,17 +147,17 @@ def is_empty(e: Tensor) -> bool:
     return e.numel() == 0 or bool(e[(0,) * e.dim()].isnan() and e.isnan().all())
 
 
-def dtype_of(options: dict, p: Tensor) -> torch.dtype:
+def dtype_of(options: dict[str, Any], p: Tensor) -> torch.dtype:
     """The type in which an average of p is kept."""
     return p.dtype if options["dtype"] == "parameter" else compute_dtype(p.dtype)
 
 
-def names(group: dict) -> tuple[str, ...]:
+def names(group: dict[str, Any]) -> tuple[str, ...]:
     """The state keys of a group's averages."""
     return NAMES[: len(group["ema"])]
 
 
-def normalise(group: dict) -> None:
+def normalise(group: dict[str, Any]) -> None:
     """Turn group["ema"] (None, EMA, dict, or a list of them) into a list of plain dicts, validated."""
     given = group["ema"]
     if given is None:

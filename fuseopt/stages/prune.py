@@ -6,6 +6,7 @@ weight that should be gone. Between pruning steps the mask rides in the update p
 
 import re
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,16 +58,16 @@ class Prune:
 
     sparsity: float | None = None
     pattern: str = "unstructured"
-    scope: str = "global"
-    schedule: str = "cubic"
+    scope: Literal["global", "tensor"] = "global"
+    schedule: Literal["cubic", "linear", "once"] = "cubic"
     begin: int = 1
     end: int | None = None
     every: int = 1
     regrow: bool = False
-    moments: str = "zero"
+    moments: Literal["zero", "keep"] = "zero"
     threshold: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_pattern()
         if self.sparsity is not None and not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1):
             raise ValueError(f"Invalid sparsity: {self.sparsity!r}; give a number in [0, 1)")
@@ -135,12 +136,12 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"Invalid Prune {name}: {value!r}; use one of {', '.join(map(repr, allowed))}")
 
 
-def is_n_m(options: dict | None) -> bool:
+def is_n_m(options: dict[str, Any] | None) -> bool:
     """Whether a group's options prune to a pattern n:m."""
     return options is not None and ":" in options["pattern"]
 
 
-def sparsity_at(options: dict | None, t: int) -> float | None:
+def sparsity_at(options: dict[str, Any] | None, t: int) -> float | None:
     """The sparsity to prune to at step t; None at steps that do not select."""
     if options is None or options["threshold"] is not None:
         return None
@@ -155,7 +156,7 @@ def sparsity_at(options: dict | None, t: int) -> float | None:
     return s * x if options["schedule"] == "linear" else s * (1 - (1 - x) ** 3)
 
 
-def threshold_at(options: dict | None, t: int) -> float:
+def threshold_at(options: dict[str, Any] | None, t: int) -> float:
     """The threshold in force at step t; 0, which prunes nothing, where there is none."""
     if options is None or options["threshold"] is None or t < options["begin"]:
         return 0.0
@@ -184,16 +185,16 @@ def smallest(weights: list[Tensor], candidates: list[Tensor], count: int) -> lis
 def smallest_of_m(w: Tensor, candidates: Tensor, pruned: Tensor, n: int, m: int) -> Tensor:
     """The reference of n:m: which candidates go, one group after the other. Shapes as `w`."""
     flat = [x.movedim(1, -1).reshape(-1, w.shape[1]) for x in (w.detach().float().abs(), candidates, pruned)]
-    keys, free, gone = flat
-    chosen = torch.zeros_like(free)
-    for row in range(len(keys)):
-        for first in range(0, keys.shape[1], m):
-            group = range(first, min(first + m, keys.shape[1]))
-            count = len(group) - n - int(gone[row, group].sum())
-            ranked = sorted((j for j in group if free[row, j]), key=lambda j: (float(keys[row, j]), -j))
-            chosen[row, ranked[: max(count, 0)]] = True
+    chosen = torch.zeros(flat[1].shape, dtype=torch.bool).tolist()  # lists: indexing tensors is slow
+    for row, keys, free, gone in zip(chosen, *(x.tolist() for x in flat), strict=True):
+        for first in range(0, len(keys), m):
+            group = range(first, min(first + m, len(keys)))
+            count = len(group) - n - sum(gone[j] for j in group)
+            ranked = sorted((j for j in group if free[j]), key=lambda j: (keys[j], -j))
+            for j in ranked[: max(count, 0)]:
+                row[j] = True
     moved = w.movedim(1, -1).shape
-    return chosen.reshape(moved).movedim(-1, 1)
+    return torch.tensor(chosen, dtype=torch.bool, device=w.device).reshape(moved).movedim(-1, 1)
 
 
 def smallest_rows(weights: list[Tensor], candidates: list[Tensor], count: int) -> list[Tensor]:
@@ -211,7 +212,7 @@ def apply(x: Tensor, pruned: Tensor) -> Tensor:
     return torch.where(pruned, 0.0, x)
 
 
-def normalise(group: dict) -> None:
+def normalise(group: dict[str, Any]) -> None:
     """Turn group["prune"] (None, Prune or dict) into None or a plain dict, validated."""
     given = group["prune"]
     if given is None:

@@ -1,5 +1,7 @@
 """The hooks: what is copied before a step, and compared after it."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from .report import Report, Tally
 from .shadow import Shadow
 
 
-def kind_of(opt) -> type:
+def kind_of(opt: Any) -> type:
     """The class of the recipe that stands for an optimizer. Raises TypeError if there is none."""
     if type(opt).__name__ == "Lion" and hasattr(opt, "prune_mask"):
         return recipe.Lion
@@ -41,17 +43,19 @@ def attach(opt: torch.optim.Optimizer, every: int = 1) -> "Checker":
 class Checker:
     """Made by `attach`. report() at any time; detach() ends it."""
 
-    def __init__(self, opt: torch.optim.Optimizer, every: int):
+    def __init__(self, opt: torch.optim.Optimizer, every: int) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"Invalid every: {every!r}; give a whole number of steps, at least 1")
         if opt.defaults.get("sharded") or any(is_dtensor(p) for group in opt.param_groups for p in group["params"]):
             raise ValueError("verify cannot check parameters that processes share; attach it in a run of one process")
-        self.opt, self.every, self.kind = opt, every, kind_of(opt)
-        self._tally, self._notes = Tally(), []
+        self.opt: Any = opt  # one of fuseopt's has more than torch's
+        self.every, self.kind = every, kind_of(opt)
+        self._tally = Tally()
+        self._notes: list[str] = []
         self._seen = self._steps = self._trajectory_steps = self._skipped = 0
         self._trajectory = Shadow("trajectory", self._tally)
         self._single: Shadow | None = None
-        self._before: dict = {}
+        self._before: dict[str, Any] = {}
         self._t = self._live_t()
         self._hooks = [
             opt.register_step_pre_hook(self._pre),
@@ -73,7 +77,7 @@ class Checker:
     # ---- the hooks ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _pre(self, opt, args, kwargs) -> None:
+    def _pre(self, opt: Any, args: Any, kwargs: Any) -> None:
         params = [p for group in opt.param_groups for p in group["params"]]
         entries = self._trajectory.entries
         for p in params:
@@ -105,7 +109,7 @@ class Checker:
         }
 
     @torch.no_grad()
-    def _post(self, opt, args, kwargs) -> None:
+    def _post(self, opt: Any, args: Any, kwargs: Any) -> None:
         single, self._single, before = self._single, None, self._before
         self._seen += 1
         if single is not None:
@@ -127,7 +131,7 @@ class Checker:
         self._trajectory.step(facts)
         self._check_t()
 
-    def _loaded(self, opt) -> None:
+    def _loaded(self, opt: Any) -> None:
         self._note(f"a state was loaded after step {self._t}: the trajectory restarts there")
         self._trajectory.entries = {}
         self._t = self._live_t()
@@ -170,7 +174,7 @@ class Checker:
         live = self.opt.statistics()
         wide = all(p.dtype == torch.float64 for p in facts.grads)
         u = judge.ROUNDINGS * judge.roundoff(torch.float64 if wide else torch.float32)
-        norm = float(facts.total_norm)
+        norm = float(cast(Tensor, facts.total_norm))
         self._tally.number("all parameters", "grad_norm", facts.t, live["grad_norm"], norm, u * norm)
         for name in ("param", "update"):
             norm = total[name] ** 0.5

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Figure:
     differences: int = 0  # entries beyond the bound
     at_step: int = 0  # where the share was greatest, or the first step beyond the bound
 
-    def row(self) -> dict:
+    def row(self) -> dict[str, Any]:
         return {**self.__dict__, "passed": self.differences == 0}
 
 
@@ -54,7 +55,7 @@ class Figure:
 class Tally:
     """Gathers figures."""
 
-    figures: dict[tuple, Figure] = field(default_factory=dict)
+    figures: dict[tuple[str, str, str], Figure] = field(default_factory=dict)
 
     def _at(self, check: str, parameter: str, stream: str) -> Figure:
         key = check, parameter, stream
@@ -129,9 +130,9 @@ class Report:
         """Whether everything is within its bound, and something was checked."""
         return self.steps > 0 and all(row["passed"] for row in self.rows)
 
-    def worst(self) -> list[dict]:
+    def worst(self) -> list[dict[str, Any]]:
         """Of each check and stream, the row with the most entries beyond its bound, or else nearest to it."""
-        worst: dict[tuple, dict] = {}
+        worst: dict[tuple[str, str], dict[str, Any]] = {}
         for row in self.rows:
             key = row["check"], row["stream"]
             rank = (row["differences"] > 0, row["share"], row["differences"], row["max_abs"])

@@ -1,0 +1,4 @@
+# The compiled module is private: csrc/cuda/bindings.cpp documents its functions.
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
