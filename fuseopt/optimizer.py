@@ -5,7 +5,7 @@ in double) -> backends (compiled pass or torch reference) -> pruning, if this st
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import torch
