@@ -66,6 +66,21 @@ void n_m(const TensorTable& table, int n, int m, int64_t channels, int64_t strid
   prune_n_m(table, n, m, channels, stride);
 }
 
+// `chosen`: for each tensor the address of words of bits, one bit for each of its rows, and their number.
+void rows_of(const TensorTable& table, const std::vector<std::pair<intptr_t, int64_t>>& chosen) {
+  std::vector<const uint32_t*> words;
+  std::vector<int64_t> counts;
+  for (const auto& [address, count] : chosen) words.push_back(reinterpret_cast<const uint32_t*>(address)), counts.push_back(count);
+  py::gil_scoped_release release;
+  prune_rows(table, words.data(), counts.data());
+}
+
+// Addresses of a contiguous matrix and of a double for each of its rows.
+void squares_of_rows(intptr_t p, int storage, int64_t rows, int64_t columns, intptr_t out) {
+  py::gil_scoped_release release;
+  square_rows(reinterpret_cast<const void*>(p), storage, rows, columns, reinterpret_cast<double*>(out));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -77,7 +92,9 @@ PYBIND11_MODULE(_C, m) {
       .def("histogram", &histogram)
       .def("ties", &ties)
       .def("prune", &prune)
-      .def("prune_n_m", &n_m);
+      .def("prune_n_m", &n_m)
+      .def("prune_rows", &rows_of);
+  m.def("square_rows", &squares_of_rows);
   m.def("instruction_set", [] { return kernels().name; });
   m.def("set_instruction_set", &set_kernels, "For tests: 'portable', 'avx2', 'avx512'.");
   m.def("max_threads", [] { return omp_get_max_threads(); });

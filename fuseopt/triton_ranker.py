@@ -14,7 +14,7 @@ from .triton_table import Launch, Memory, Row
 
 
 class Ranker:
-    """select.Ranker. The kernels take ties in the order of memory, as cpu.Ranker does and with the same exception."""
+    """select.Ranker. The kernels take ties in the order of memory, as cpu_ranker.Ranker does, with the same exception."""
 
     widths = [16, 15]
 

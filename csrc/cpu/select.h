@@ -20,4 +20,11 @@ void count_ties(const TensorTable& table, uint32_t kth, int64_t* out);
 // unless the group keeps them. Reads the weights once.
 void prune_up_to(const TensorTable& table, uint32_t kth, const int64_t* quota, bool shared);
 
+// Prunes likewise whole rows: those of tensor k whose bit is set in chosen[k], of rows[k] rows that lie in memory one
+// after the other.
+void prune_rows(const TensorTable& table, const uint32_t* const* chosen, const int64_t* rows);
+
+// out[r] = the sum of squares in double of row r of a contiguous matrix, as patterns.squares forms it.
+void square_rows(const void* p, int storage, int64_t rows, int64_t columns, double* out);
+
 }  // namespace fuseopt
