@@ -44,11 +44,11 @@ py::list run(TensorTable& table, double norm, bool with_statistics) {
   return rows(out, width);
 }
 
-// Addresses of int64 arrays come as integers: of `counts` 2^width, of `ties` and `quota` one for each tensor
+// Addresses of int64 arrays come as integers: of `counts` one for each digit, of `ties` and `quota` one for each tensor
 // (of `quota` a single one, if shared).
-void histogram(const TensorTable& table, uint32_t prefix, int shift, int width, intptr_t counts) {
+int64_t histogram(const TensorTable& table, uint32_t first, int shift, int64_t digits, bool sample, intptr_t counts) {
   py::gil_scoped_release release;
-  count_digits(table, prefix, shift, width, reinterpret_cast<int64_t*>(counts));
+  return count_digits(table, first, shift, digits, sample, reinterpret_cast<int64_t*>(counts));
 }
 
 void ties(const TensorTable& table, uint32_t kth, intptr_t counts) {

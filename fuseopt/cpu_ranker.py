@@ -1,5 +1,6 @@
 """The ranking of weights by the compiled module."""
 
+import math
 from types import ModuleType
 
 import torch
@@ -8,6 +9,10 @@ from torch import Tensor
 from . import cpu, distributed, patterns, plan, schema, select
 from .checks import in_layout_of
 from .stages import mask
+
+SAMPLED = 1 << 16  # candidates from which on a sample tells enough
+FINE = 15  # low bits of a key that the sample does not count
+LARGE = 1 << 22  # candidates from which on it is worth its time to count more digits at once
 
 
 class Ranker:
@@ -33,9 +38,41 @@ class Ranker:
             raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
-        counts = torch.zeros(1 << width, dtype=torch.int64)
-        self.table.histogram(prefix, shift, width, counts.data_ptr())
-        return counts
+        return self._count(prefix << (shift + width), shift, 1 << width)[1]
+
+    def kth(self, count: int, of: int) -> tuple[int, int]:
+        """A sample says about where the key lies, so that one reading of the weights mostly finds it."""
+        return self._search(count, of, *self._window(count, of)) or select.by_digits(self, count, of)
+
+    def _count(self, first: int, shift: int, digits: int, sample: bool = False) -> tuple[int, Tensor]:
+        """(candidates with a key below `first`, those above by (key - first) >> shift, which is below `digits`)."""
+        counts = torch.zeros(digits, dtype=torch.int64)
+        return self.table.histogram(first, shift, digits, sample, counts.data_ptr()), counts
+
+    def _window(self, count: int, of: int) -> tuple[int, int]:
+        """(first, span): the key sought is very likely one of the `span` from `first` on."""
+        if of < SAMPLED:
+            return 0, 1 << 31
+        running = self._count(0, FINE, 1 << (31 - FINE), sample=True)[1].cumsum(0)
+        seen, share = int(running[-1]), count / of
+        margin = 4 * math.sqrt(seen * share * (1 - share)) + 1  # four standard deviations, were they drawn by chance
+        ends = torch.tensor([share * seen - margin, share * seen + margin]).clamp(1, max(1, seen))
+        low, high = torch.searchsorted(running, ends.long()).tolist()
+        return low << FINE, (high - low + 1) << FINE
+
+    def _search(self, count: int, of: int, first: int, span: int) -> tuple[int, int] | None:
+        """(the count-th key, its rank among its equals), if it is one of the `span` from `first` on."""
+        most = 18 if of > LARGE else 13
+        while True:
+            shift = max(0, (span - 1).bit_length() - most)
+            below, counts = self._count(first, shift, -(-span >> shift))
+            running = counts.cumsum(0)
+            if not below < count <= below + int(running[-1]):
+                return None
+            digit = int(torch.searchsorted(running, count - below))
+            if not shift:
+                return first + digit, count - below - int(running[digit]) + int(counts[digit])
+            first, span = first + (digit << shift), 1 << shift
 
     def ties(self, kth: int) -> Tensor:
         counts = torch.zeros(len(self.members), dtype=torch.int64)

@@ -14,6 +14,7 @@ class Ranker(cpu_ranker.Ranker):
     """cpu_ranker.Ranker on a GPU. There, counts and quotas are of the table's blocks, which run side by side."""
 
     widths = DIGITS
+    kth = select.by_digits
 
     def __init__(self, opt, members: select.Members):
         self.home = local(members[0][1]).device

@@ -185,11 +185,12 @@ def _check_rows(opt, selection: select.Selection) -> None:
 
 
 def _prune_rows(opt, selection: select.Selection, make_ranker: Callable[[select.Members], select.Ranker]) -> None:
-    rows, gone, _ = _count_rows(opt, selection)
+    rows, gone, free = _count_rows(opt, selection)
     step_of = {p: gs for gs, p in selection.members}
     select.prune_smallest(
         selection,
         round(selection.sparsity * rows) - gone,
+        free,
         make_ranker,
         lambda p, kth: _rows(opt, step_of[p], p)[1] & (_keys(squares(local(p))) == kth),
     )
@@ -209,6 +210,12 @@ class RowRanker(select.TorchRanker):
     def squares(self, p: Tensor) -> Tensor:
         """The sum of squares of each row."""
         return squares(p)
+
+    def kth(self, count: int, of: int) -> tuple[int, int]:
+        """By sorting: rows are few."""
+        ordered = self.all_free.sort().values
+        kth = ordered[count - 1]
+        return int(kth), count - int(torch.searchsorted(ordered, kth))
 
     def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
         key = self.all_free

@@ -11,10 +11,13 @@ namespace fuseopt {
 namespace {
 
 constexpr int64_t kTileWords = kTile / 32;
+constexpr int64_t kSample = 2;  // words of a block: one in 64
 
-uint32_t candidates(const Span& a, int64_t w) {
-  const uint32_t live = a.n - 32 * w < 32 ? (1u << (a.n - 32 * w)) - 1 : ~0u;
-  return live & ~a.pruned[w] & (a.freeze && a.keep ? a.keep[w] : ~0u);
+// The candidates of a span, as bits.
+void candidates(const Span& a, int64_t words, uint32_t* free) {
+  for (int64_t w = 0; w < words; ++w) free[w] = ~a.pruned[w];
+  for (int64_t w = 0; w < words && a.freeze && a.keep; ++w) free[w] &= a.keep[w];
+  if (a.n % 32) free[words - 1] &= (1u << a.n % 32) - 1;
 }
 
 // Calls fn(first word of the tile in its block, words, keys, candidates' bits) for every tile of a block.
@@ -26,35 +29,34 @@ void for_each_tile(const BlockView& view, const Fn& fn) {
   for (int64_t begin = 0; begin < view.n; begin += kTile) {
     const Tile tile(view, begin);
     const int64_t words = (tile.span.n + 31) / 32;
-    for (int64_t w = 0; w < words; ++w) free[w] = candidates(tile.span, w);
+    candidates(tile.span, words, free);
     loops.keys[view.t.storage](tile.span.p, tile.span.n, 0, key);
     fn(begin / 32, words, key, free);
   }
 }
 
-// Counts the digits of the candidates of a word. There are two counts of each digit, 2^width apart: neighbours often
-// have the same one, and an addition that need not wait for the last one to be stored is faster.
-void add_digits(const int32_t* key, uint32_t free, int shift, int width, int64_t* counts) {
-  const int32_t last = (1 << width) - 1;
-  int64_t* other = counts + last + 1;
-  if (free == ~0u) {
+// Counts (key - first) >> shift for the candidates of a word.
+void add_digits(const int32_t* key, uint32_t free, int32_t first, int shift, int64_t* counts) {
+  if (free == ~0u)
 #pragma GCC unroll 16
-    for (int j = 0; j < 32; j += 2) {
-      ++counts[key[j] >> shift & last];
-      ++other[key[j + 1] >> shift & last];
-    }
-  } else {
-    for (; free; free &= free - 1) ++counts[key[__builtin_ctz(free)] >> shift & last];
-  }
+    for (int j = 0; j < 32; ++j) ++counts[(key[j] - first) >> shift];
+  else
+    for (; free; free &= free - 1) ++counts[(key[__builtin_ctz(free)] - first) >> shift];
 }
 
-// The candidates of a block in whose keys `key >> shift` is below a value, and equal to it, as bits.
+// A part of block b at a place that looks like chance, so that no pattern of the weights is met at each.
+void narrow(BlockView* view, int b) {
+  const int64_t words = view->n / 32, skipped = words > kSample ? 32 * (b * 2654435761u % (words - kSample)) : 0;
+  view->begin += skipped, view->n = std::min(view->n - skipped, 32 * kSample);
+}
+
+// The candidates of a block whose keys are below a value, and equal to it, as bits.
 struct Compared {
   uint32_t below[kBlock / 32], equal[kBlock / 32];
 
   Compared(const BlockView& view, uint32_t kth) {
     for_each_tile(view, [&](int64_t at, int64_t words, const int32_t* key, const uint32_t* free) {
-      select_loops().compare(key, words, 0, int32_t(kth), below + at, equal + at);
+      select_loops().compare(key, words, int32_t(kth), int32_t(kth), below + at, equal + at);
       for (int64_t w = 0; w < words; ++w) below[at + w] &= free[w], equal[at + w] &= free[w];
     });
   }
@@ -74,26 +76,33 @@ void move_bits(uint32_t* from, uint32_t* to, int64_t quota) {
 
 }  // namespace
 
-void count_digits(const TensorTable& table, uint32_t prefix, int shift, int width, int64_t* out) {
-  const size_t digits = size_t(1) << width;
+int64_t count_digits(const TensorTable& table, uint32_t first, int shift, int64_t digits, bool sample, int64_t* out) {
+  const int32_t last = int32_t(std::min<int64_t>(first + (digits << shift) - 1, INT32_MAX));
   const int threads = threads_for(table);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+  int64_t below = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : below) if (threads > 1)
   {
-    std::vector<int64_t> own(2 * digits);
-#pragma omp for schedule(dynamic)
+    std::vector<int64_t> own(digits);
+#pragma omp for schedule(dynamic, 4)
     for (int b = 0; b < int(table.blocks.size()); ++b) {
-      for_each_tile(BlockView(table, table.blocks[b]), [&](int64_t, int64_t words, const int32_t* key, uint32_t* free) {
-        uint32_t below[kTileWords], equal[kTileWords];
-        if (shift + width < 31) {
-          select_loops().compare(key, words, shift + width, int32_t(prefix), below, equal);
-          for (int64_t w = 0; w < words; ++w) free[w] &= equal[w];
+      BlockView view(table, table.blocks[b]);
+      if (sample) narrow(&view, b);
+      for_each_tile(view, [&](int64_t, int64_t words, const int32_t* key, const uint32_t* free) {
+        uint32_t less[kTileWords], within[kTileWords];
+        select_loops().compare(key, words, int32_t(first), last, less, within);
+        int at[kTileWords], hits = 0;  // words to look at: a branch for each would mostly be mispredicted
+        for (int64_t w = 0; w < words; ++w) {
+          below += __builtin_popcount(less[w] & free[w]);
+          within[w] &= free[w];
+          at[hits] = int(w), hits += within[w] != 0;
         }
-        for (int64_t w = 0; w < words; ++w) add_digits(key + 32 * w, free[w], shift, width, own.data());
+        for (int k = 0; k < hits; ++k) add_digits(key + 32 * at[k], within[at[k]], int32_t(first), shift, own.data());
       });
     }
 #pragma omp critical
-    for (size_t d = 0; d < digits; ++d) out[d] += own[d] + own[digits + d];
+    std::transform(out, out + digits, own.begin(), out, std::plus<int64_t>());
   }
+  return below;
 }
 
 void count_ties(const TensorTable& table, uint32_t kth, int64_t* out) {

@@ -8,9 +8,9 @@
 
 namespace fuseopt {
 
-// Adds to out[d] the candidates whose key has key >> (shift + width) == prefix and the digit d in the next
-// `width` bits.
-void count_digits(const TensorTable& table, uint32_t prefix, int shift, int width, int64_t* out);
+// Adds to out[d] the candidates whose key lies d * 2^shift .. (d + 1) * 2^shift - 1 above `first`, for d < digits;
+// returns how many lie below `first`. sample: looks at a small part of them, the same at each call.
+int64_t count_digits(const TensorTable& table, uint32_t first, int shift, int64_t digits, bool sample, int64_t* out);
 
 // out[i]: how many candidates of tensor i have the key kth.
 void count_ties(const TensorTable& table, uint32_t kth, int64_t* out);

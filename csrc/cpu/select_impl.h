@@ -14,16 +14,24 @@ void keys(const void* p, int64_t n, int32_t minus, int32_t* __restrict key) {
   for (int64_t i = 0; i < n; ++i) key[i] = int32_t(magnitude<S>(x[i])) - minus;
 }
 
-void compare(const int32_t* __restrict key, int64_t words, int shift, int32_t value, uint32_t* __restrict below,
-             uint32_t* __restrict equal) {
+// Which of 32 numbers are <= value.
+FUSEOPT_INLINE uint32_t not_above(const int32_t* key, int32_t value) {
+#if defined(FUSEOPT_AVX512)  // GCC makes numbers of the bits that a comparison gives, and then bits again
+  const __m512i most = _mm512_set1_epi32(value);
+  return uint32_t(_mm512_cmple_epi32_mask(_mm512_loadu_si512(key), most)) |
+         uint32_t(_mm512_cmple_epi32_mask(_mm512_loadu_si512(key + 16), most)) << 16;
+#else
+  uint32_t word = 0;
+  for (int j = 0; j < 32; ++j) word |= key[j] <= value ? word_bit[j] : 0u;
+  return word;
+#endif
+}
+
+void compare(const int32_t* __restrict key, int64_t words, int32_t first, int32_t last,
+             uint32_t* __restrict below, uint32_t* __restrict within) {
   for (int64_t w = 0; w < words; ++w) {
-    uint32_t less = 0, same = 0;
-    for (int j = 0; j < 32; ++j) {
-      const int32_t digit = key[32 * w + j] >> shift;
-      less |= digit < value ? word_bit[j] : 0u;
-      same |= digit == value ? word_bit[j] : 0u;
-    }
-    below[w] = less, equal[w] = same;
+    const uint32_t less = not_above(key + 32 * w, first - 1);
+    below[w] = less, within[w] = not_above(key + 32 * w, last) & ~less;
   }
 }
 
@@ -55,11 +63,9 @@ void zero(void* x, int64_t size, int64_t n, const uint32_t* bits) {
 }
 
 uint32_t pack(const int32_t* x, int64_t n) {
+  if (n == 32) return not_above(x, -1);
   uint32_t word = 0;
-  if (n == 32)
-    for (int j = 0; j < 32; ++j) word |= x[j] & word_bit[j];
-  else
-    for (int j = 0; j < n; ++j) word |= x[j] & word_bit[j];
+  for (int j = 0; j < n; ++j) word |= x[j] & word_bit[j];
   return word;
 }
 

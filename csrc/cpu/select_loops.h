@@ -10,8 +10,8 @@ struct SelectLoops {
   const char* name;
   // key[i] = the magnitude of p[i], less `minus`.
   void (*keys[kStorages])(const void* p, int64_t n, int32_t minus, int32_t* key);
-  // In the bits of below and equal: which of the 32 * words keys have key >> shift < value, and == value.
-  void (*compare)(const int32_t* key, int64_t words, int shift, int32_t value, uint32_t* below, uint32_t* equal);
+  // In the bits of below and within: which of the 32 * words keys are < first, and which from first to last.
+  void (*compare)(const int32_t* key, int64_t words, int32_t first, int32_t last, uint32_t* below, uint32_t* within);
   // key[i] = value where its bit is set.
   void (*put)(const uint32_t* bits, int64_t n, int32_t value, int32_t* key);
   // x[i] = 0 where its bit is set; elements of 2, 4 or 8 bytes.
