@@ -82,5 +82,5 @@ def test_sums_of_rows_are_those_of_torch(dtype, native):
         if not native.set_instruction_set(name):
             continue
         for columns in (*range(1, 20), 63, 64, 65, 1000, 4099):
-            x = torch.randn(5, columns).to(dtype)
+            x = torch.randn(5, columns, dtype=torch.float64).to(dtype)
             assert_same_bits(cpu_ranker.RowRanker.squares(None, x), patterns.squares(x))

@@ -98,12 +98,8 @@ struct Four {
   FUSEOPT_INLINE operator int() const { return 4; }
 };
 
-template <class M>
-FUSEOPT_INLINE void choose(const int32_t* key, int64_t groups, int64_t columns, M m, int n, int32_t* work, int32_t* out) {
-  const int64_t count = groups * columns;
-  const int32_t* __restrict entry = key;
-  if (groups > 1) gather(key, groups, columns, m, work), entry = work;
-  int32_t* __restrict chosen = groups > 1 ? work + m * count : out;
+// Marks the entries that n others of their group come before.
+FUSEOPT_INLINE void mark(const int32_t* __restrict entry, int64_t count, int m, int n, int32_t* __restrict chosen) {
   for (int j = 0; j < m; ++j) {
     const int32_t* __restrict own = entry + j * count;
     int32_t* __restrict before = chosen + j * count;
@@ -114,6 +110,26 @@ FUSEOPT_INLINE void choose(const int32_t* key, int64_t groups, int64_t columns, 
       for (int64_t k = 0; k < count; ++k) before[k] += entry[i * count + k] > own[k];
     for (int64_t k = 0; k < count; ++k) before[k] = before[k] >= n ? -1 : 0;
   }
+}
+
+// The same with all entries of a group in registers.
+FUSEOPT_INLINE void mark(const int32_t* __restrict entry, int64_t count, Four, int n, int32_t* __restrict chosen) {
+  for (int64_t k = 0; k < count; ++k) {
+    const int32_t a = entry[k], b = entry[count + k], c = entry[2 * count + k], d = entry[3 * count + k];
+    chosen[k] = (b > a) + (c > a) + (d > a) >= n ? -1 : 0;
+    chosen[count + k] = (a >= b) + (c > b) + (d > b) >= n ? -1 : 0;
+    chosen[2 * count + k] = (a >= c) + (b >= c) + (d > c) >= n ? -1 : 0;
+    chosen[3 * count + k] = (a >= d) + (b >= d) + (c >= d) >= n ? -1 : 0;
+  }
+}
+
+template <class M>
+FUSEOPT_INLINE void choose(const int32_t* key, int64_t groups, int64_t columns, M m, int n, int32_t* work, int32_t* out) {
+  const int64_t count = groups * columns;
+  const int32_t* __restrict entry = key;
+  if (groups > 1) gather(key, groups, columns, m, work), entry = work;
+  int32_t* __restrict chosen = groups > 1 ? work + m * count : out;
+  mark(entry, count, m, n, chosen);
   if (groups > 1) scatter(chosen, groups, columns, m, out);
 }
 
