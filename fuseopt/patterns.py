@@ -205,7 +205,8 @@ class RowRanker(select.TorchRanker):
         self.opt, self.members = opt, members
         self.keys = [_keys(self.squares(local(p))) for _, p in members]
         self.free = [_rows(opt, gs, p)[1] for gs, p in members]
-        self.all_free = torch.cat([key[free] for key, free in zip(self.keys, self.free, strict=True)])
+        found = [key[free] for key, free in zip(self.keys, self.free, strict=True)]
+        self.all_free = torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)  # no members lie here
 
     def squares(self, p: Tensor) -> Tensor:
         """The sum of squares of each row."""
