@@ -44,11 +44,11 @@ py::list run(TensorTable& table, double norm, bool with_statistics) {
   return rows(out, width);
 }
 
-// Addresses of int64 arrays come as integers: of `counts` 2^width, of `ties` and `quota` one for each tensor
+// Addresses of int64 arrays come as integers: of `counts` one for each digit, of `ties` and `quota` one for each tensor
 // (of `quota` a single one, if shared).
-void histogram(const TensorTable& table, uint32_t prefix, int shift, int width, intptr_t counts) {
+int64_t histogram(const TensorTable& table, uint32_t first, int shift, int64_t digits, bool sample, intptr_t counts) {
   py::gil_scoped_release release;
-  count_digits(table, prefix, shift, width, reinterpret_cast<int64_t*>(counts));
+  return count_digits(table, first, shift, digits, sample, reinterpret_cast<int64_t*>(counts));
 }
 
 void ties(const TensorTable& table, uint32_t kth, intptr_t counts) {
@@ -84,6 +84,21 @@ py::list changed(py::list dicts, py::list copies, py::str but) {
   return out;
 }
 
+// `chosen`: for each tensor the address of words of bits, one bit for each of its rows, and their number.
+void rows_of(const TensorTable& table, const std::vector<std::pair<intptr_t, int64_t>>& chosen) {
+  std::vector<const uint32_t*> words;
+  std::vector<int64_t> counts;
+  for (const auto& [address, count] : chosen) words.push_back(reinterpret_cast<const uint32_t*>(address)), counts.push_back(count);
+  py::gil_scoped_release release;
+  prune_rows(table, words.data(), counts.data());
+}
+
+// Addresses of a contiguous matrix and of a double for each of its rows.
+void squares_of_rows(intptr_t p, int storage, int64_t rows, int64_t columns, intptr_t out) {
+  py::gil_scoped_release release;
+  square_rows(reinterpret_cast<const void*>(p), storage, rows, columns, reinterpret_cast<double*>(out));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -96,8 +111,10 @@ PYBIND11_MODULE(_C, m) {
       .def("histogram", &histogram)
       .def("ties", &ties)
       .def("prune", &prune)
-      .def("prune_n_m", &n_m);
+      .def("prune_n_m", &n_m)
+      .def("prune_rows", &rows_of);
   m.def("changed", &changed, "The positions of the dicts whose entries, but for one, are not those of their copies.");
+  m.def("square_rows", &squares_of_rows);
   m.def("instruction_set", [] { return kernels().name; });
   m.def("set_instruction_set", &set_kernels, "For tests: 'portable', 'avx2', 'avx512'.");
   m.def("max_threads", [] { return omp_get_max_threads(); });

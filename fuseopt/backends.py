@@ -11,6 +11,7 @@ from torch import Tensor
 from . import (
     buffers,
     cpu,
+    cpu_ranker,
     cuda,
     cuda_memory,
     cuda_ranker,
@@ -119,14 +120,14 @@ def run(opt, step: plan.Step) -> None:
         return
     if step.captured:
         raise RuntimeError(cuda.WARM_UP)
-    update, ranker = TABLE[step.backend]
+    update, ranker, row_ranker = TABLE[step.backend]
     # On the CPU counters and counts lie, whatever torch's default device; masks' functions may use that.
     with held(), masking.recomputed(opt, step), torch.device("cpu"):
         prepared = update(opt, step)
         _give_first_values(opt, step, prepared)
         at_once(*of_buffers)
         for selection in select.selections(opt, step):
-            patterns.prune(opt, selection, lambda members: ranker(opt, members))
+            patterns.prune(opt, selection, partial(row_ranker if selection.pattern == "rows" else ranker, opt))
             cpu.increment_version([p for _, p in selection.members])
         for group in opt.param_groups:
             group["steps"] = step.t
@@ -275,9 +276,10 @@ def _triton_ranker(opt, members: select.Members) -> select.Ranker:
 
 
 ENGINES = {"cpu": cpu, "cuda": cuda}
-TABLE: dict[str, tuple[Callable, Callable]] = {
-    "cpu": (partial(_compiled_update, cpu), cpu.ranker),
-    "cuda": (partial(_compiled_update, cuda), cuda_ranker.ranker),
-    "triton": (_triton_update, _triton_ranker),
-    "torch": (_torch_update, patterns.TorchRanker),
+# The update, the ranker of entries, the ranker of rows.
+TABLE: dict[str, tuple[Callable, Callable, Callable]] = {
+    "cpu": (partial(_compiled_update, cpu), cpu_ranker.ranker, cpu_ranker.RowRanker),
+    "cuda": (partial(_compiled_update, cuda), cuda_ranker.ranker, patterns.RowRanker),
+    "triton": (_triton_update, _triton_ranker, patterns.RowRanker),
+    "torch": (_torch_update, patterns.TorchRanker, patterns.RowRanker),
 }

@@ -1,4 +1,4 @@
-"""The compiled module: how it is loaded, the table of live tensors that it steps, and its ranking of weights."""
+"""The compiled module: how it is loaded, the table of live tensors that it steps, and what it is told."""
 
 import math
 from operator import itemgetter
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import distributed, patterns, plan, schema, select, torch_abi, torch_layout
+from . import distributed, plan, schema, torch_abi, torch_layout
 from .checks import in_layout_of
-from .stages import mask, statistics
+from .stages import statistics
 
 increment_version = torch._C._increment_version  # torch.autograd.graph's without its Python, for at_once
 
@@ -220,55 +220,3 @@ def again(opt) -> plan.Step | None:
         kept.copies[k] = now  # last: another thread may step the same optimizer
     step.t = t
     return step
-
-
-class Ranker:
-    """select.Ranker by compiled loops over a table of the members.
-
-    They take ties in the order of memory. Where that is not row-major and only some of a member's ties go, torch
-    prunes that member.
-    """
-
-    widths = [16, 15]
-
-    def __init__(self, opt, members: select.Members, module: ModuleType | None = None, device: int = -1):
-        """module: the compiled one, for the CPU unless given; device: the number of a GPU."""
-        specs, grads = [], {}
-        for gs, p in members:  # a parameter may have no gradient, or no state yet
-            mask.into_memory_order(opt.state[p], p)
-            has = opt.state[p].__contains__  # see plan.settle_state
-            emas = tuple((key, -1.0, key in gs.narrow, True) for key in gs.emas if has(key))
-            specs.append(spec(gs, [p], tuple(filter(has, gs.slots)), (), emas))
-            grads[p] = (p, False, None)
-        self.opt, self.members, self.table = opt, members, (module or native).TensorTable()
-        if self.table.gather(specs, opt.state, grads, 1.0, device):
-            raise RuntimeError("fuseopt cannot read a parameter that its checks accept; please report this")
-
-    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
-        counts = torch.zeros(1 << width, dtype=torch.int64)
-        self.table.histogram(prefix, shift, width, counts.data_ptr())
-        return counts
-
-    def ties(self, kth: int) -> Tensor:
-        counts = torch.zeros(len(self.members), dtype=torch.int64)
-        self.table.ties(kth, counts.data_ptr())
-        return counts
-
-    def prune(self, kth: int, quotas: Tensor) -> None:
-        shared = quotas.numel() < len(self.members)
-        if not all(distributed.local(p).is_contiguous() for _, p in self.members):
-            quotas, shared = select.row_major(self.opt, self.members, kth, quotas, self.ties(kth)), False
-        self.prune_in_memory_order(kth, quotas.contiguous(), shared)
-
-    def prune_in_memory_order(self, kth: int, quotas: Tensor, shared: bool) -> None:
-        self.table.prune(kth, quotas.data_ptr(), shared)
-
-    def prune_n_m(self, n: int, m: int) -> None:
-        here = distributed.local(self.members[0][1])
-        self.table.prune_n_m(n, m, here.shape[1], here.stride(1))
-
-
-def ranker(opt, members: select.Members) -> select.Ranker:
-    """Parameters whose memory has gaps are ranked by torch."""
-    here = [distributed.local(p) for _, p in members]
-    return (Ranker if all(in_layout_of(p, p) is p for p in here) else patterns.TorchRanker)(opt, members)

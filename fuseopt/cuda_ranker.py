@@ -3,17 +3,18 @@
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, patterns, select
+from . import cpu_ranker, cuda, patterns, select
 from .checks import in_layout_of
 from .distributed import local
 
 DIGITS = [11, 10, 10]  # a block of threads counts one in its shared memory: csrc/cuda/select.h
 
 
-class Ranker(cpu.Ranker):
-    """cpu.Ranker on a GPU. There, counts and quotas are of the table's blocks, which run side by side."""
+class Ranker(cpu_ranker.Ranker):
+    """cpu_ranker.Ranker on a GPU. There, counts and quotas are of the table's blocks, which run side by side."""
 
     widths = DIGITS
+    kth = select.by_digits
 
     def __init__(self, opt, members: select.Members):
         self.home = local(members[0][1]).device

@@ -53,7 +53,7 @@ def prune(opt, selection: select.Selection, make_ranker: Callable[[select.Member
     if selection.pattern == "unstructured":
         select.prune(opt, selection, make_ranker)
     elif selection.pattern == "rows":
-        _prune_rows(opt, selection)
+        _prune_rows(opt, selection, make_ranker)
     else:
         (_, p), (n, m) = selection.members[0], parse_n_m(selection.pattern)
         if local(p).numel() and local(p).shape[1] > n:
@@ -133,16 +133,33 @@ def squares(p: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
-def _keys(p: Tensor) -> Tensor:
-    """Integers in the order of the norms of the rows that lie here, NaN last."""
-    return squares(local(p)).view(torch.int64) & ((1 << 63) - 1)
+def _keys(sums: Tensor) -> Tensor:
+    """Integers in the order of sums of squares, NaN last."""
+    return sums.view(torch.int64) & ((1 << 63) - 1)
 
 
 def _rows(opt, gs: plan.GroupStep, p: Tensor) -> tuple[Tensor, Tensor]:
     """(wholly pruned, candidates): which rows that lie here are gone, and which may be chosen."""
+    if not opt.state.get(p, {}).get("mask_freeze"):
+        gone = _gone(opt, gs, p)
+        return gone, ~gone
     pruned, frozen = (x.flatten(1) for x in held(opt, gs, p))
     gone = pruned.all(1)
     return gone, ~gone & ~frozen.any(1)
+
+
+def _gone(opt, gs: plan.GroupStep, p: Tensor) -> Tensor:
+    """Which rows that lie here are wholly pruned, where nothing is frozen. Unfolds no mask if it need not."""
+    state, here = opt.state.get(p, {}), local(p)
+    if "prune_mask" not in state or gs.group["prune"]["regrow"] or not here.numel():
+        return torch.zeros(len(here), dtype=torch.bool, device=here.device)
+    bits, columns = state["prune_mask"], here.numel() // len(here)
+    if bits.dtype == torch.bool or columns % 8 or mask.order_of(state, here)[0] != 0:
+        return mask.pruned(state, here).flatten(1).all(1)
+    rows = bits[: here.numel() // 8].view(len(here), -1)
+    gone = rows[:, 0] == 255
+    gone[gone.clone()] = (rows[gone] == 255).all(1)
+    return gone
 
 
 def _count_rows(opt, selection: select.Selection) -> list[int]:
@@ -167,26 +184,44 @@ def _check_rows(opt, selection: select.Selection) -> None:
     select.check_room(opt, selection, rows, gone + free, "rows, but masks freeze entries of")
 
 
-def _prune_rows(opt, selection: select.Selection) -> None:
-    rows, gone, _ = _count_rows(opt, selection)
+def _prune_rows(opt, selection: select.Selection, make_ranker: Callable[[select.Members], select.Ranker]) -> None:
+    rows, gone, free = _count_rows(opt, selection)
     step_of = {p: gs for gs, p in selection.members}
     select.prune_smallest(
         selection,
         round(selection.sparsity * rows) - gone,
-        lambda members: _RowRanker(opt, members),
-        lambda p, kth: _rows(opt, step_of[p], p)[1] & (_keys(p) == kth),
+        free,
+        make_ranker,
+        lambda p, kth: _rows(opt, step_of[p], p)[1] & (_keys(squares(local(p))) == kth),
     )
 
 
-class _RowRanker(select.TorchRanker):
+class RowRanker(select.TorchRanker):
     """select.Ranker of rows in place of entries."""
 
-    widths = [16, 16, 16, 15]
+    widths = [11, 11, 11, 10, 10, 10]
 
     def __init__(self, opt, members: select.Members):
         self.opt, self.members = opt, members
-        self.keys = [_keys(p) for _, p in members]
+        self.keys = [_keys(self.squares(local(p))) for _, p in members]
         self.free = [_rows(opt, gs, p)[1] for gs, p in members]
+        found = [key[free] for key, free in zip(self.keys, self.free, strict=True)]
+        self.all_free = torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)  # no members lie here
+
+    def squares(self, p: Tensor) -> Tensor:
+        """The sum of squares of each row."""
+        return squares(p)
+
+    def kth(self, count: int, of: int) -> tuple[int, int]:
+        """By sorting: rows are few."""
+        ordered = self.all_free.sort().values
+        kth = ordered[count - 1]
+        return int(kth), count - int(torch.searchsorted(ordered, kth))
+
+    def histogram(self, prefix: int, shift: int, width: int) -> Tensor:
+        key = self.all_free
+        digits = (key[key >> (shift + width) == prefix] >> shift) & ((1 << width) - 1)
+        return torch.bincount(digits, minlength=1 << width).cpu()
 
     def zero(self, gs: plan.GroupStep, p: Tensor, chosen: Tensor) -> None:
         here = local(p)

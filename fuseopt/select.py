@@ -43,6 +43,10 @@ class Ranker(Protocol):
         """Candidates by digit: of the magnitudes m with m >> (shift + width) == prefix, m >> shift, `width` bits."""
         ...
 
+    def kth(self, count: int, of: int) -> tuple[int, int]:
+        """(the count-th smallest of all `of` candidates, from 1, its rank among the keys equal to it)."""
+        ...
+
     def ties(self, kth: int) -> Tensor:
         """The number of candidates with magnitude kth, for each member."""
         ...
@@ -146,20 +150,26 @@ def kth_smallest(count: int, widths: list[int], histogram: Callable[[int, int, i
     return key, count, equal
 
 
+def by_digits(ranker: Ranker, count: int, of: int) -> tuple[int, int]:
+    """What Ranker.kth returns, by histograms."""
+    return kth_smallest(count, ranker.widths, ranker.histogram)[:2]
+
+
 def prune(opt, selection: Selection, make_ranker: Callable[[Members], Ranker]) -> None:
     """Zero the smallest of the new weights, their moments and averages, until the sparsity is reached."""
-    n, pruned, _ = _counts(opt, selection)
+    n, pruned, free = _counts(opt, selection)
     count = round(selection.sparsity * n) - pruned
-    prune_smallest(selection, count, make_ranker, lambda p, kth: candidates(opt, p) & (magnitudes(p) == kth))
+    prune_smallest(selection, count, free, make_ranker, lambda p, kth: candidates(opt, p) & (magnitudes(p) == kth))
 
 
 def prune_smallest(
     selection: Selection,
     count: int,
+    of: int,
     make_ranker: Callable[[Members], Ranker],
     tied: Callable[[Tensor, int], Tensor],
 ) -> None:
-    """Prune the `count` smallest candidates of the members, which have keys of sum(ranker.widths) bits.
+    """Prune the `count` smallest of all `of` candidates of the members, which have keys of sum(ranker.widths) bits.
 
     tied(p, kth): where the candidates of parameter p on this process are that have the key kth.
     """
@@ -167,13 +177,15 @@ def prune_smallest(
         return
     parts = selection.parts
     rankers = {tuple(m): make_ranker([selection.members[k] for k in m]) for m in parts.members.values()}
+    if list(parts.members) == [()]:  # all on this process: the ranker counts off the ties by itself
+        ranker = rankers[tuple(parts.members[()])]
+        kth, rank = ranker.kth(count, of)
+        ranker.prune(kth, torch.tensor([rank]))
+        return
     widths = next(iter(rankers.values())).widths
     kth, rank, equal = kth_smallest(
         count, widths, lambda *digit: parts.total(lambda members: rankers[tuple(members)].histogram(*digit))
     )
-    if list(parts.members) == [()]:  # all on this process: the ranker counts off the ties by itself
-        rankers[tuple(parts.members[()])].prune(kth, torch.tensor([rank]))
-        return
     shares = torch.full((len(selection.members),), equal)
     if rank < equal:
         ties = torch.zeros_like(shares)
@@ -239,6 +251,7 @@ class TorchRanker:
     """Ranks with torch operations."""
 
     widths = [16, 15]
+    kth = by_digits
 
     def __init__(self, opt, members: Members):
         self.opt, self.members = opt, members

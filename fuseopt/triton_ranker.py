@@ -14,9 +14,10 @@ from .triton_table import Launch, Memory, Row
 
 
 class Ranker:
-    """select.Ranker. The kernels take ties in the order of memory, as cpu.Ranker does and with the same exception."""
+    """select.Ranker. The kernels take ties in the order of memory, as cpu_ranker.Ranker and with the same exception."""
 
     widths = [16, 15]
+    kth = select.by_digits
 
     def __init__(self, opt, members: select.Members):
         self.opt, self.members = opt, members

@@ -7,7 +7,7 @@ from cases import BF16, DTYPES, F16, F32, F64, assert_same_bits, ident
 from torch.nn import Parameter
 
 import fuseopt
-from fuseopt import EMA, Prune, cpu, cuda_ranker, plan, select
+from fuseopt import EMA, Prune, cpu, cpu_ranker, cuda_ranker, plan, select
 from fuseopt.stages import mask
 
 pytestmark = pytest.mark.skipif(bool(cpu.native_error() or emulated.why_not), reason="needs both compiled modules")
@@ -53,7 +53,7 @@ def made(shapes, dtype, held, moments="zero", aligned=True):
 
 def pair(*args, **more):
     """The rankers of the CPU and of the kernels, each with members of its own."""
-    return [kind(*made(*args, **more)) for kind in (cpu.Ranker, cuda_ranker.Ranker)]
+    return [kind(*made(*args, **more)) for kind in (cpu_ranker.Ranker, cuda_ranker.Ranker)]
 
 
 def assert_same(a, b) -> None:

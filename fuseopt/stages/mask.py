@@ -39,8 +39,10 @@ def unpack(packed: Tensor, n: int) -> Tensor:
 
 def count(packed: Tensor) -> int:
     """How many bits of `pack`'s result are set."""
-    words = packed.cpu().numpy()
-    ones = np.bitwise_count(words) if hasattr(np, "bitwise_count") else _ONES[words]  # numpy 2
+    bits = packed.cpu().numpy()
+    if bits.ndim == 1 and bits.size % 4 == 0:  # not the booleans of a checkpoint
+        bits = bits.view(np.uint32 if hasattr(np, "bitwise_count") else np.uint8)
+    ones = np.bitwise_count(bits) if hasattr(np, "bitwise_count") else _ONES[bits]  # numpy 2
     return int(ones.sum(dtype=np.int64))
 
 
