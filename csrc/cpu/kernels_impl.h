@@ -159,7 +159,7 @@ FUSEOPT_INLINE void update_half_unit(const Span& a, void (*loop)(const Span&)) {
   one.n = 2, one.p = &p, one.g = &g, one.keep = &keep, one.pruned = &pruned, one.ema = ema;
   std::memcpy(&p, at(a.p), size), std::memcpy(&g, at(a.g), size);
   for (int k = 0; k < Rule::slots; ++k) std::memcpy(&slot[k], at(a.slot[k]), size), one.slot[k] = &slot[k];
-  if (a.keep) keep = a.keep[last / 32] >> (last % 32);
+  if (a.keep) keep = (a.keep[last / 32] >> (last % 32) & 1u) | 2u;  // a unit that is all frozen would be left out
   if (a.pruned) pruned = a.pruned[last / 32] >> (last % 32);
   auto* average = static_cast<typename S::compute*>(a.ema);
   if (average) ema[0] = average[last];
