@@ -1,7 +1,7 @@
 """Times the host's part of a step: many small tensors, whose arithmetic is next to nothing.
 
-    python bench/host.py                          all cases, about three minutes; JSON in bench/results/
-    python bench/host.py --cases adamw --shapes 200 --threads 1
+    python -m bench host                          all cases, about three minutes; JSON in bench/results/
+    python -m bench host --cases adamw --shapes 200 --threads 1
 
 fuseopt and torch's fused step (in a full case, the recipe around it) alternate in one run, both verified
 first (check.py). A round is taken in three ways:
@@ -20,10 +20,12 @@ from pathlib import Path
 
 import check
 import measure
+import recipes
+import record
 import report
-import step
 import torch
-from variants import Case, Data, Variant, fused_pass, plain_torch, recipe
+from case import Case, Data
+from variants import Variant, fused_pass, plain_torch
 
 CASES = ("adamw", "sgd", "full")
 SHAPES = ("10", "200", "1000")
@@ -96,11 +98,12 @@ class Clock:
 def pair(case: Case, data: Data) -> tuple[Variant, Variant]:
     """fuseopt and what it is compared with, both verified; raises SystemExit if one is wrong."""
     if case.full:
-        made = fused_pass(case, data, "grad"), recipe(case, data, "float", "fused")
+        made = fused_pass(case, data, "grad"), recipes.full(case, data, "float", "fused")
     else:
         made = fused_pass(case, data), plain_torch(case, data, "fused")
     for variant in made:
-        wrong = check.problem(case, data, variant, check.Oracle(case, data, variant.freezes))
+        check.take_steps(data, variant)
+    for variant, wrong in zip(made, check.problems(case, data, list(made)), strict=True):
         if wrong:
             raise SystemExit(f"{variant.name} is wrong and was not timed: {wrong}")
         variant.set_gradient(data)
@@ -190,15 +193,15 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
     p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="N", help=" ".join(SHAPES))
     p.add_argument("--seconds", type=float, default=4.0, help="a way of a case (default: 4)")
-    step.common(p)
+    record.common(p)
     args = p.parse_args(argv)
-    result = step.begin(p, args, "host")
+    result = record.begin(p, args, "host")
     print(report.machine(result) + "\n\ncase, tensors, way, fuseopt, torch, ratio (quartiles), parts of fuseopt in us")
     result["host"] = [
         row for name in args.cases for shape in args.shapes for row in measure_case(name, shape, args.seconds)
     ]
     print("\n" + verdicts(result["host"]))
-    step.finish(args, result, f"host-{result['threads']}")
+    record.finish(args, result, f"host-{result['threads']}")
     return 0
 
 
