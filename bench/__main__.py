@@ -1,4 +1,4 @@
-"""python -m bench [step | host | prune | masks | scaling | finetune | pages]: the main table, or one of the others."""
+"""python -m bench [step | host | prune | masks | scaling | finetune | paper | pages]: the main table, or one of the others."""
 
 import importlib
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules here import each other by their bare names
 
-COMMANDS = ("step", "host", "prune", "masks", "scaling", "finetune", "pages")
+COMMANDS = ("step", "host", "prune", "masks", "scaling", "finetune", "paper", "pages")
 
 
 def main() -> int:

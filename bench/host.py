@@ -30,6 +30,7 @@ from variants import Variant, fused_pass, plain_torch
 CASES = ("adamw", "sgd", "full")
 SHAPES = ("10", "200", "1000")
 WAYS = ("hot", "backward", "cold")
+HEADS = {"hot": "steps in a row", "backward": "after a backward pass", "cold": "caches flushed"}
 TARGETS = {("adamw", "10"): 2.0, ("adamw", "200"): 10.0, ("adamw", "1000"): 12.0}  # hot; torch's time / fuseopt's
 PARTS = ("gather", "run", "mark_written", "release")  # what a step asks of the compiled table
 
@@ -186,6 +187,23 @@ def verdicts(rows: list[dict]) -> str:
             word = "reached" if value >= least else "MISSED"
             lines.append(f"  {word:<8}{value:6.2f} >= {least:<4g} {row['case']}, {row['shape']} tensors of 64")
     return "targets: torch fused takes this many times as long\n" + "\n".join(lines) if lines else ""
+
+
+def markdown(results: list[dict]) -> str:
+    """AdamW: torch's time relative to fuseopt's, a line a number of tensors, for each run (one a number of threads)."""
+    columns = [(result, way) for way in WAYS for result in results]
+    head = ["tensors", *(f"{HEADS[way]}, {result['threads']} thread{'s' * (result['threads'] > 1)}" for result, way in columns)]
+    lines = []
+    for shape in SHAPES:
+        cells = [
+            f"x{row['ratio']['median']:.2f} ({report.duration(row['fuseopt']['median'])})"
+            for result, way in columns
+            for row in result["host"]
+            if (row["case"], row["shape"], row["way"]) == ("adamw", shape, way)
+        ]
+        lines.append([shape, *cells])
+    made = [f"`{result['command']}` on {report.machine(result)}." for result in results]
+    return "\n".join([*report.grid(head, lines), "", *made])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -96,6 +96,19 @@ def line(one: dict) -> str:
     )
 
 
+def markdown(results: list[dict]) -> str:
+    """A line a mask and mode, a column a number of columns; a table a run."""
+    tables = []
+    for result in results:
+        found = {(row["mask"], row["mode"], row["columns"]): row["ratio"] for row in result["masks"]}
+        columns = list(dict.fromkeys(row["columns"] for row in result["masks"]))
+        kinds = list(dict.fromkeys((row["mask"], row["mode"]) for row in result["masks"] if row["mask"] != "none"))
+        head = ["mask", *(f"rows of {count}" for count in columns)]
+        lines = [[f"{mask}, \"{mode}\"", *(f"x{found[mask, mode, k]['median']:.2f}" for k in columns)] for mask, mode in kinds]
+        tables += [*report.grid(head, lines), "", f"`{result['command']}` on {report.machine(result)}.", ""]
+    return "\n".join(tables).rstrip()
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--elements", type=float, default=2**24, help="weights, about (default: 16M)")

@@ -182,6 +182,18 @@ def line(row: dict) -> str:
     )
 
 
+def markdown(results: list[dict]) -> str:
+    """A line a case."""
+    rows = []
+    for row in results[0]["prune"]:
+        memory = ["unknown" if b is None else f"{b / 2**20:.0f} MiB" for b in row["extra_bytes"]]
+        times = [report.duration(row[side]["median"]) for side in ("fuseopt", "torch")]
+        rows.append([row["case"].replace("-", ", "), f"x{row['ratio']['median']:.2f}", *times, *memory])
+    head = ["what is pruned", "torch / fuseopt", "fuseopt", "torch", "extra memory", "torch's"]
+    made = f"`{results[0]['command']}` on {report.machine(results[0])}."
+    return "\n".join([*report.grid(head, rows), "", made])
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))

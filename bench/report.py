@@ -240,6 +240,6 @@ def _summary(case: dict | None) -> str:
     own = case and _row(case, "fuseopt")
     if not own:
         return ""
-    rows = [r for r in case["variants"] if r["family"] in ("torch", "float masks", "recipe") and "ratio" in r]
+    rows = [r for r in case["variants"] if r["family"] in ("torch", "float masks", "boolean masks", "recipe") and "ratio" in r]
     best = min((r["ratio"]["median"] for r in rows), default=None)
     return duration(own["seconds"]["median"]) + (f" (x{best:.2f})" if best else "")

@@ -116,9 +116,9 @@ def line(row: dict) -> str:
     return head + f"x{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})  {times[0]:>9}{times[1]:>9}{busy}"
 
 
-def markdown(result: dict) -> str:
+def markdown(results: list[dict]) -> str:
     """Sizes, then threads."""
-    rows = []
+    rows, result = [], results[0]
     for row in result["scaling"]:
         cells = [row["skipped"], "", ""]
         if "skipped" not in row:

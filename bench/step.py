@@ -27,7 +27,7 @@ python -m bench --rules adamw --dtypes bf16      of all cases those that match
 python -m bench --markdown RESULT.json           the tables of a run
 python -m bench --plot RESULT.json               its pictures, beside it
 python -m bench --compare OLD.json [NEW.json]    what changed beyond the noise; without NEW: by a run made now
-python -m bench host | prune | masks | scaling | finetune | pages    --help tells more
+python -m bench host | prune | masks | scaling | finetune | paper | pages    --help tells more
 """
 
 
