@@ -48,7 +48,7 @@ sanitize: $(VENV)/built
 	  $(RUN) -m pytest -q -s tests/test_cuda_*.py $(ARGS)  # -s: the report goes to stderr
 
 bench: $(VENV)/built
-	$(RUN) bench/step.py $(ARGS)
+	$(RUN) -m bench $(ARGS)
 
 docs: $(VENV)/built
 	$(RUN) -m mkdocs build --quiet --strict -f docs/mkdocs.yml

@@ -1,4 +1,4 @@
-"""python -m bench [step | host | prune | masks | scaling | finetune | paper | pages]: the main table, or one of the others."""
+"""python -m bench [step | host | prune | masks | scaling | finetune | paper | pages]: the main table, or another."""
 
 import importlib
 import sys

@@ -23,7 +23,11 @@ def text(old: dict, new: dict) -> str:
     if not pairs:
         return f"{head}\nthe two results have no case in common"
     lines = [f"  {report.title(b)}: {line}" for a, b in pairs for line in changes(a, b)]
-    said = f"{len(lines)} changes in {len(pairs)} cases" if lines else f"nothing changed beyond the noise in {len(pairs)} cases"
+    said = (
+        f"{len(lines)} changes in {len(pairs)} cases"
+        if lines
+        else f"nothing changed beyond the noise in {len(pairs)} cases"
+    )
     return "\n".join([head, f"{said} {CRITERION}", *lines])
 
 

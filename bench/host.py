@@ -192,7 +192,10 @@ def verdicts(rows: list[dict]) -> str:
 def markdown(results: list[dict]) -> str:
     """AdamW: torch's time relative to fuseopt's, a line a number of tensors, for each run (one a number of threads)."""
     columns = [(result, way) for way in WAYS for result in results]
-    head = ["tensors", *(f"{HEADS[way]}, {result['threads']} thread{'s' * (result['threads'] > 1)}" for result, way in columns)]
+    head = [
+        "tensors",
+        *(f"{HEADS[way]}, {result['threads']} thread{'s' * (result['threads'] > 1)}" for result, way in columns),
+    ]
     lines = []
     for shape in SHAPES:
         cells = [

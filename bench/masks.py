@@ -104,7 +104,9 @@ def markdown(results: list[dict]) -> str:
         columns = list(dict.fromkeys(row["columns"] for row in result["masks"]))
         kinds = list(dict.fromkeys((row["mask"], row["mode"]) for row in result["masks"] if row["mask"] != "none"))
         head = ["mask", *(f"rows of {count}" for count in columns)]
-        lines = [[f"{mask}, \"{mode}\"", *(f"x{found[mask, mode, k]['median']:.2f}" for k in columns)] for mask, mode in kinds]
+        lines = [
+            [f'{mask}, "{mode}"', *(f"x{found[mask, mode, k]['median']:.2f}" for k in columns)] for mask, mode in kinds
+        ]
         tables += [*report.grid(head, lines), "", f"`{result['command']}` on {report.machine(result)}.", ""]
     return "\n".join(tables).rstrip()
 

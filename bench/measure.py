@@ -92,9 +92,7 @@ class Others:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, median, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    )
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "low": low, "high": high}
 
 
@@ -219,9 +217,7 @@ def free_memory() -> int | None:
         return None
 
 
-def _rounds(
-    data: Data, ready: list[Variant], bandwidth: Bandwidth | None, settings: Settings
-) -> tuple[dict, dict]:
+def _rounds(data: Data, ready: list[Variant], bandwidth: Bandwidth | None, settings: Settings) -> tuple[dict, dict]:
     """({variant: Samples}, {kernel: Samples}) of as many rounds as the settings allow."""
     kernels = bandwidth.kernels if bandwidth else {}
     samples = {v.name: Samples(v.bytes()) for v in ready}

@@ -75,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
         stale += [name] * (new != text)
         if not args.check:
             page.write_text(new)
-    print("\n".join(f"{name}: {'differs from its results' if args.check else 'written'}" for name in stale) or "as they are")
+    print(
+        "\n".join(f"{name}: {'differs from its results' if args.check else 'written'}" for name in stale)
+        or "as they are"
+    )
     if "cases" in given and not args.check:
         draw(ROOT / given["cases"][0])
     return int(args.check and bool(stale))

@@ -35,7 +35,11 @@ def rows(case: dict, family: str) -> list[dict]:
 def roofline(result: dict):
     """Bytes a second against the bytes of a step: fuseopt and torch fused, and what the memory gives."""
     figure, axes = plt.subplots(figsize=(8.5, 4), layout="constrained")
-    kinds = (("fuseopt, plain rules", OURS, "o"), ("fuseopt, mask + clip + prune + EMA", OURS, "s"), ("torch fused", FUSED, "x"))
+    kinds = (
+        ("fuseopt, plain rules", OURS, "o"),
+        ("fuseopt, mask + clip + prune + EMA", OURS, "s"),
+        ("torch fused", FUSED, "x"),
+    )
     points: dict[str, list] = {label: [] for label, _, _ in kinds}
     for case in result["cases"]:
         ours = rows(case, "fuseopt")[:1]
@@ -47,7 +51,9 @@ def roofline(result: dict):
         if points[label]:
             face = {"facecolors": "none"} if marker == "s" else {}
             style = {"c": color} if marker == "x" else {"edgecolors": color, **(face or {"facecolors": color})}
-            axes.scatter(*zip(*points[label], strict=True), marker=marker, s=36, label=label, zorder=3, alpha=0.8, **style)
+            axes.scatter(
+                *zip(*points[label], strict=True), marker=marker, s=36, label=label, zorder=3, alpha=0.8, **style
+            )
     best = [case["bandwidth"][case["best_kernel"]]["median"] / 1e9 for case in result["cases"] if case["best_kernel"]]
     if best:
         axes.axhspan(min(best), max(best), color=LINE, alpha=0.25, lw=0)
@@ -56,7 +62,9 @@ def roofline(result: dict):
         axes.text(0.01, top * 1.08, f"memory, measured in the same rounds: {min(best):.0f} to {top:.0f} GB/s",
                   transform=axes.get_yaxis_transform(), color=LINE, va="bottom")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="bytes that a step reads and writes", ylabel="GB/s")
-    axes.set_title("One optimizer step: above the line the cache serves it, to the left calls are what it costs", fontsize=10)
+    axes.set_title(
+        "One optimizer step: above the line the cache serves it, to the left calls are what it costs", fontsize=10
+    )
     axes.grid(alpha=0.25, which="major")
     axes.legend(loc="lower right", frameon=False)
     return figure
@@ -70,7 +78,9 @@ def ratios(result: dict):
         labels, spreads, colors = zip(*bars, strict=True)
         middle = [s["median"] for s in spreads]
         error = [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
-        drawn = axes.barh(labels, [m - 1 for m in middle], left=1, xerr=error, color=colors, capsize=2, error_kw={"lw": 1})
+        drawn = axes.barh(
+            labels, [m - 1 for m in middle], left=1, xerr=error, color=colors, capsize=2, error_kw={"lw": 1}
+        )
         axes.bar_label(drawn, [f"x{m:.2f}" for m in middle], padding=5, fontsize=9)
         axes.axvline(1, color=LINE, lw=1, ls=":")
         widest = max(s["high"] for s in spreads)
@@ -90,10 +100,17 @@ def short(case: dict) -> str:
 
 def by_shape(result: dict, name: str) -> tuple[str, list]:
     """(title, [(shape, spread, color)]) of torch fused, or of the fastest recipe."""
-    bars, title = [], {"adamw": "AdamW, fp32: torch fused", "full": "mask + clip + AdamW + prune + EMA:\nfastest recipe"}[name]
+    bars, title = (
+        [],
+        {"adamw": "AdamW, fp32: torch fused", "full": "mask + clip + AdamW + prune + EMA:\nfastest recipe"}[name],
+    )
     found = {case["shape"]: case for case in result["cases"] if case["case"] == name}
     for case in [found[s] for s in SHAPES if s in found]:
-        candidates = [r for r in rows(case, "torch") if "fused" in r["name"]] + rows(case, "float masks") + rows(case, "boolean masks")
+        candidates = (
+            [r for r in rows(case, "torch") if "fused" in r["name"]]
+            + rows(case, "float masks")
+            + rows(case, "boolean masks")
+        )
         if candidates:
             best = min(candidates, key=lambda row: row["ratio"]["median"])
             bars.append((short(case), best["ratio"], FUSED if name == "adamw" else RECIPE))
@@ -124,10 +141,20 @@ def scaling(result: dict, path: Path) -> Path:
         x = [row["elements"] for row in sizes]
         left.plot(x, per[0], "o-", color=color, label=name)
         left.fill_between(x, per[1], per[2], color=color, alpha=0.2, lw=0)
-        for n, style in zip(sorted({r["elements"] for r in timed if r["threads"] != result["threads"]}), ("o-", "s--", "^:"), strict=False):
+        for n, style in zip(
+            sorted({r["elements"] for r in timed if r["threads"] != result["threads"]}),
+            ("o-", "s--", "^:"),
+            strict=False,
+        ):
             some = sorted((row for row in timed if row["elements"] == n), key=lambda row: row["threads"])
             times = [row[name]["median"] * 1e6 for row in some]
-            right.plot([row["threads"] for row in some], times, style, color=color, label=f"{name}, {n:.0e}".replace("e+0", "e"))
+            right.plot(
+                [row["threads"] for row in some],
+                times,
+                style,
+                color=color,
+                label=f"{name}, {n:.0e}".replace("e+0", "e"),
+            )
     left.set(xscale="log", yscale="log", xlabel="parameters", ylabel="ns a parameter", title="AdamW, fp32, one tensor")
     right.set(yscale="log", xlabel="threads", ylabel="us a step", title="by threads")
     ticks = sorted({row["threads"] for row in timed})

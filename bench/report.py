@@ -46,7 +46,18 @@ def _spread(s: dict, show: Callable) -> str:
 
 # ---- a case as text ----------------------------------------------------------------------------------
 
-COLUMNS = ("variant", "x fuseopt", "quartiles", "median", "quartiles", "host", "moved", "of bandwidth", "allocated", "state")
+COLUMNS = (
+    "variant",
+    "x fuseopt",
+    "quartiles",
+    "median",
+    "quartiles",
+    "host",
+    "moved",
+    "of bandwidth",
+    "allocated",
+    "state",
+)
 
 
 def _cells(row: dict) -> list[str]:
@@ -92,7 +103,9 @@ def untimed(result: dict) -> str:
                 found.setdefault((row["name"], f"skipped: {row['skipped']}"), []).append("")
             elif "problem" in row:
                 found.setdefault((row["name"], "WRONG"), []).append(f"{title(case)}: {row['problem']}")
-    lines = [f"- {name}: {why}{first[0] and f' in {first[0]}'} ({len(first)} cases)" for (name, why), first in found.items()]
+    lines = [
+        f"- {name}: {why}{first[0] and f' in {first[0]}'} ({len(first)} cases)" for (name, why), first in found.items()
+    ]
     return "\n".join(["Not timed:", "", *lines]) if lines else ""
 
 
@@ -217,7 +230,10 @@ def memory(result: dict) -> list[str]:
 def _memory_lines(case: dict) -> Iterator[list[str]]:
     fused = _row(case, "fused=True") or _row(case, "foreach=True")
     for row in filter(None, (_row(case, "fuseopt"), fused)):
-        per = [f"{row[key] / case['elements']:.3g}" if row[key] else "0" for key in ("bytes", "state_bytes", "allocated_bytes")]
+        per = [
+            f"{row[key] / case['elements']:.3g}" if row[key] else "0"
+            for key in ("bytes", "state_bytes", "allocated_bytes")
+        ]
         share = f"{row['share']['median']:.0%}" if "share" in row else ""
         host = duration(row["host_seconds"]["median"]) if "host_seconds" in row else ""
         yield [f"{title(case)}: {row['name']}", per[0], share, per[1], per[2], host]
@@ -230,7 +246,11 @@ def summary(result: dict) -> str:
     """The table of the README: a line a case, a column a shape; fuseopt's time and how many times torch takes."""
     found = {(case["case"], case["shape"]): case for case in result["cases"]}
     shapes = [s for s in SHAPES if any((name, s) in found for name in SUMMARY)]
-    rows = [[heading(n), *(_summary(found.get((n, s))) for s in shapes)] for n in SUMMARY if any((n, s) in found for s in shapes)]
+    rows = [
+        [heading(n), *(_summary(found.get((n, s))) for s in shapes)]
+        for n in SUMMARY
+        if any((n, s) in found for s in shapes)
+    ]
     head = ["", *(SHAPES[s][0] for s in shapes)]
     return "\n".join([*grid(head, rows), "", f"`{result['command']}` on {machine(result)}."])
 
@@ -240,6 +260,10 @@ def _summary(case: dict | None) -> str:
     own = case and _row(case, "fuseopt")
     if not own:
         return ""
-    rows = [r for r in case["variants"] if r["family"] in ("torch", "float masks", "boolean masks", "recipe") and "ratio" in r]
+    rows = [
+        r
+        for r in case["variants"]
+        if r["family"] in ("torch", "float masks", "boolean masks", "recipe") and "ratio" in r
+    ]
     best = min((r["ratio"]["median"] for r in rows), default=None)
     return duration(own["seconds"]["median"]) + (f" (x{best:.2f})" if best else "")

@@ -113,7 +113,9 @@ def line(row: dict) -> str:
         return head + f"skipped: {row['skipped']}"
     ratio, times = row["ratio"], [report.duration(row[name]["median"]) for name in NAMES]
     busy = "  BUSY" if row["others"] is not None and row["others"] > report.BUSY else ""
-    return head + f"x{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})  {times[0]:>9}{times[1]:>9}{busy}"
+    return (
+        head + f"x{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})  {times[0]:>9}{times[1]:>9}{busy}"
+    )
 
 
 def markdown(results: list[dict]) -> str:
@@ -137,7 +139,9 @@ def counts() -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     how = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("python -m bench scaling", description=__doc__, formatter_class=how, allow_abbrev=False)
-    p.add_argument("--sizes", nargs="+", type=float, default=SIZES, metavar="N", help="parameters (default: 1e3 to 1e9)")
+    p.add_argument(
+        "--sizes", nargs="+", type=float, default=SIZES, metavar="N", help="parameters (default: 1e3 to 1e9)"
+    )
     p.add_argument("--threads-at", nargs="*", type=float, default=THREADS_AT, metavar="N", help="sizes at which the "
                    "threads vary (default: 1e5 1e7)")  # fmt: skip
     p.add_argument("--seconds", type=float, default=3.0, help="a row, beside setting up (default: 3)")

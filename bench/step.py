@@ -34,15 +34,27 @@ python -m bench host | prune | masks | scaling | finetune | paper | pages    --h
 def default_cases() -> list[tuple[str, str]]:
     """AdamW and all stages on every shape; every rule and dtype on one large tensor and on 200 tiny ones."""
     models, tiny = ["one", "resnet50", "vit", "gpt2", "lora"], ["tiny", "10", "200", "1000"]
-    chosen = [("adamw", shape) for shape in models + tiny] + [("full", shape) for shape in models[:3] + models[4:] + tiny]
-    chosen += [("adamw-bf16", shape) for shape in ("one", "gpt2", "lora", *tiny)] + [("ema-bf16", "one"), ("ema-bf16", "200")]
+    chosen = [("adamw", shape) for shape in models + tiny] + [
+        ("full", shape) for shape in models[:3] + models[4:] + tiny
+    ]
+    chosen += [("adamw-bf16", shape) for shape in ("one", "gpt2", "lora", *tiny)] + [
+        ("ema-bf16", "one"),
+        ("ema-bf16", "200"),
+    ]
     rest = [name for name in CASES if name not in ("adamw", "adamw-bf16", "full", "ema-bf16")]
     return chosen + [(name, shape) for name in rest for shape in ("one", "200")]
 
 
 def quick_cases() -> list[tuple[str, str]]:
     """The shapes of QUICK and tiny ones."""
-    some = [("adamw", "one"), ("adamw", "10"), ("adamw-bf16", "one"), ("sgd-bf16", "one"), ("full", "one"), ("full", "10")]
+    some = [
+        ("adamw", "one"),
+        ("adamw", "10"),
+        ("adamw-bf16", "one"),
+        ("sgd-bf16", "one"),
+        ("full", "one"),
+        ("full", "10"),
+    ]
     return some + [("ema-bf16", "one")] + [(rule, "one") for rule in RULES if rule not in ("adamw", "sgd")]
 
 
@@ -65,7 +77,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argpa
     p.description, p.epilog = f"{__doc__.splitlines()[0]}\n\n{HELP}", __doc__.split("\n\n", 1)[1]
     p.add_argument("--quick", action="store_true", help="at most 30 s; writes nothing without --json")
     p.add_argument("--all", action="store_true", help="every rule, dtype, stage and shape: an hour or more")
-    for option, names in (("rules", RULES), ("dtypes", DTYPES), ("stages", STAGES), ("shapes", SHAPES), ("peers", PEERS)):
+    for option, names in (
+        ("rules", RULES),
+        ("dtypes", DTYPES),
+        ("stages", STAGES),
+        ("shapes", SHAPES),
+        ("peers", PEERS),
+    ):
         words = f"only these of: {', '.join(names)}" + ("; none at all without a name" if option == "peers" else "")
         many = "*" if option == "peers" else "+"
         p.add_argument(f"--{option}", nargs=many, choices=names, metavar=option.upper()[:-1], help=words)
