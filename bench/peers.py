@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 
@@ -70,6 +71,7 @@ def torchao(case: Case, data: Data) -> Variant:
     kind = getattr(module, f"{case.cls.__name__}8bit")
     if len(set(case.shapes)) > 1 or torch.Size(case.shapes[0]).numel() < COMPILES or case.quick:
         raise Untimed(f"{kind.__name__} compiles for ten seconds or more for each shape: measured with one shape alone")
+    warnings.filterwarnings("ignore", message=".*OptimState8bit.*")  # torch.compile, of its cache
     return variant(f"torchao {kind.__name__}", case, data, lambda p: kind(p, **case.options), change=EIGHT_BITS)
 
 

@@ -32,6 +32,8 @@ def title(case: dict) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 

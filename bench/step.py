@@ -31,50 +31,39 @@ python -m bench host | prune | masks | scaling | finetune | paper | pages    --h
 """
 
 
-def default_cases() -> list[tuple[str, str]]:
-    """AdamW and all stages on every shape; every rule and dtype on one large tensor and on 200 tiny ones."""
-    models, tiny = ["one", "resnet50", "vit", "gpt2", "lora"], ["tiny", "10", "200", "1000"]
-    chosen = [("adamw", shape) for shape in models + tiny] + [
-        ("full", shape) for shape in models[:3] + models[4:] + tiny
-    ]
-    chosen += [("adamw-bf16", shape) for shape in ("one", "gpt2", "lora", *tiny)] + [
-        ("ema-bf16", "one"),
-        ("ema-bf16", "200"),
-    ]
-    rest = [name for name in CASES if name not in ("adamw", "adamw-bf16", "full", "ema-bf16")]
-    return chosen + [(name, shape) for name in rest for shape in ("one", "200")]
-
-
-def quick_cases() -> list[tuple[str, str]]:
-    """The shapes of QUICK and tiny ones."""
-    some = [
-        ("adamw", "one"),
-        ("adamw", "10"),
-        ("adamw-bf16", "one"),
-        ("sgd-bf16", "one"),
-        ("full", "one"),
-        ("full", "10"),
-    ]
-    return some + [("ema-bf16", "one")] + [(rule, "one") for rule in RULES if rule not in ("adamw", "sgd")]
+TINY = "tiny 10 200 1000"
+# The shapes of a run without arguments: AdamW and all stages on everything, every other rule and dtype on little.
+DEFAULT = dict.fromkeys(CASES, "one 200") | {
+    "adamw": f"one resnet50 vit gpt2 lora {TINY}",
+    "adamw-bf16": f"one gpt2 lora {TINY}",
+    "full": f"one resnet50 vit lora {TINY}",
+}
+QUICK_RUN = {name: "one" for name in CASES if "bf16" not in name} | {"adamw": "one 10", "full": "one 10"}
+QUICK_RUN |= {"adamw-bf16": "one", "sgd-bf16": "one", "ema-bf16": "one"}
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The (case, shape) pairs that the command line asks for."""
     wanted = (args.rules, args.dtypes, args.stages)
     if not (args.all or any(wanted) or args.shapes):
-        return quick_cases() if args.quick else default_cases()
+        return [
+            (name, shape) for name, shapes in (QUICK_RUN if args.quick else DEFAULT).items() for shape in shapes.split()
+        ]
     names = [n for n, parts in CASES.items() if all(w is None or x in w for x, w in zip(parts, wanted, strict=True))]
-    shapes = args.shapes or [s for s in SHAPES if s != "fifty"]
-    return [(name, shape) for name in names for shape in shapes]
+    shapes = ["one", *TINY.split()] if args.quick else [shape for shape in SHAPES if shape != "fifty"]
+    return [(name, shape) for name in names for shape in args.shapes or shapes]
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
     p = argparse.ArgumentParser(
-        "python -m bench", f"{HELP}", __doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "python -m bench",
+        "python -m bench [COMMAND] [OPTION ...]",
+        f"{__doc__.splitlines()[0]}\n\n{HELP}",
+        __doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    p.usage = "python -m bench [COMMAND] [OPTION ...]"
-    p.description, p.epilog = f"{__doc__.splitlines()[0]}\n\n{HELP}", __doc__.split("\n\n", 1)[1]
     p.add_argument("--quick", action="store_true", help="at most 30 s; writes nothing without --json")
     p.add_argument("--all", action="store_true", help="every rule, dtype, stage and shape: an hour or more")
     for option, names in (
