@@ -81,8 +81,8 @@ def measure_size(n: int, threads: int, seconds: float) -> dict:
     if free is not None and BYTES * n + SPARE > free:
         return row | {"skipped": f"needs {BYTES * n / 1e9:.0f} GB and 1 GiB to spare, {free / 1e9:.1f} GB are free"}
     torch.set_num_threads(threads)
+    both = Steps(n)
     for name in NAMES:
-        both = Steps(n)
         if wrong := both.problem(name):
             raise SystemExit(f"{name}, {n} parameters: {wrong}")
         both.fresh()
@@ -122,8 +122,9 @@ def markdown(results: list[dict]) -> str:
     """Sizes, then threads."""
     rows, result = [], results[0]
     for row in result["scaling"]:
-        cells = [row["skipped"], "", ""]
-        if "skipped" not in row:
+        if "skipped" in row:
+            cells = [f"skipped: {row['skipped']}", "", ""]
+        else:
             cells = [*(report.duration(row[name]["median"]) for name in NAMES), f"x{row['ratio']['median']:.2f}"]
         rows.append([f"{row['elements']:,}", str(row["threads"]), *cells])
     table = report.grid(["parameters", "threads", *NAMES, "torch / fuseopt"], rows)

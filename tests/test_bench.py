@@ -45,6 +45,7 @@ def test_it_runs_and_writes_its_result(name, tmp_path, modules, capsys):
     assert capsys.readouterr().out.count("\n") > len(result[name])
     if name == "scaling":
         assert "GB" in result[name][1]["skipped"] and path.with_name("result-curves.png").exists()
+        assert "| 1,000 | 1 | " in modules(name).markdown([result])
 
 
 def test_the_main_table(tmp_path, modules):
