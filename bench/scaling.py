@@ -86,7 +86,7 @@ def measure_size(n: int, threads: int, seconds: float) -> dict:
         if wrong := both.problem(name):
             raise SystemExit(f"{name}, {n} parameters: {wrong}")
         both.fresh()
-    samples, others = alternated(both.run, seconds), measure.Others()
+    others, samples = measure.Others(), alternated(both.run, seconds)
     row |= {name: measure.spread(samples[name]) for name in NAMES}
     row |= {"ratio": measure.ratios(samples[NAMES[1]], samples[NAMES[0]]), "rounds": len(samples[NAMES[0]])}
     return row | {"others": others.share()}
