@@ -114,9 +114,11 @@ class Data:
         self.pruned = torch.zeros(n, dtype=torch.bool, device=case.device)
         self.keep = ~self.pruned
         if case.full:
-            order, pruned = torch.randperm(n, **there), round(SPARSITY * n)
-            self.pruned[order[:pruned]] = True
-            self.keep[order[pruned : pruned + round(MASKED * n)]] = False
+            order = torch.randperm(n, **there)
+            prunable = torch.cat([torch.full((entries([s]),), len(s) >= 2) for s in self.shapes]).to(case.device)
+            can = prunable[order]  # vectors are not pruned
+            self.pruned[order[can][: round(SPARSITY * int(can.sum()))]] = True
+            self.keep[order[~self.pruned[order]][: round(MASKED * n)]] = False
             self.start[self.pruned] = 0
         self.effective = self.keep & ~self.pruned  # entries whose gradient counts
         self.max_grad_norm = 0.5 * float(self.gradient[self.effective].double().norm())  # clips

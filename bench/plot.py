@@ -66,7 +66,10 @@ def roofline(result: dict):
         "One optimizer step: above the line the cache serves it, to the left calls are what it costs", fontsize=10
     )
     axes.grid(alpha=0.25, which="major")
-    axes.legend(loc="lower right", frameon=False)
+    if any(points.values()):
+        axes.legend(loc="lower right", frameon=False)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, max(high, 2 * low, 1.6 * max(best, default=0)))
     return figure
 
 

@@ -113,6 +113,15 @@ def test_a_wrong_variant_is_not_timed_and_a_wrong_fuseopt_fails_the_run(modules,
     assert not step.wrong({"cases": [{"variants": [untimed[0] | {"family": "peer"}]}]})
 
 
+def test_a_full_case_with_vectors_is_verified(modules):
+    """Vectors are not pruned: what the recipes zero is what fuseopt selects all the same."""
+    measure, variants, case = modules("measure"), modules("variants"), modules("case")
+    full = case.Case("full", "tiny", sizes=[(40,), (8, 16), (4, 8, 2)])
+    data = case.Data(full)
+    ready, untimed = measure.verified(full, data, variants.makers(full, data))
+    assert len(ready) == 10 and not untimed
+
+
 def test_the_shapes_are_those_of_the_models(modules):
     """Parameters as the models' authors count them: torchvision's, GPT-2's, timm's, peft's."""
     shapes = modules("shapes")
