@@ -183,7 +183,7 @@ host: a step of as many tensors of 64 entries, all in the cache: what a step cos
 moved: bytes read and written, for torch counted from its passes (see "passes" in the JSON).
 of bandwidth: moved / time, as a share of the fastest elementwise torch kernel of the same rounds.
 allocated: tensor memory a step asks for; state: tensors kept between steps, beside parameters and gradients.
-full step: 80% pruned (of matrices), 10% masked; masks as they stand between two selections, gradients as from backward."""
+full step: 80% of matrices pruned, 10% masked; masks as they stand between selections, gradients as from backward."""
 
 
 def markdown(result: dict) -> str:

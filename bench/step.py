@@ -64,7 +64,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argpa
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--quick", action="store_true", help="at most 30 s; writes nothing without --json")
+    p.add_argument("--quick", action="store_true", help="about half a minute; writes nothing without --json")
     p.add_argument("--all", action="store_true", help="every rule, dtype, stage and shape: an hour or more")
     for option, names in (
         ("rules", RULES),
