@@ -48,7 +48,7 @@ sanitize: $(VENV)/built
 	  $(RUN) -m pytest -q -s tests/test_cuda_*.py $(ARGS)  # -s: the report goes to stderr
 
 bench: $(VENV)/built
-	$(RUN) bench/step.py $(ARGS)
+	$(RUN) -m bench $(ARGS)
 
 # The variable silences an advertisement of the theme.
 docs: $(VENV)/built

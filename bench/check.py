@@ -1,10 +1,13 @@
-"""Verification before timing: a variant's first steps against the same steps in float64."""
+"""Verification before timing: the first steps of each variant against the same steps in float64."""
 
 from collections.abc import Iterator
 
 import torch
+from case import EMA_DECAY, Case, Data
 from torch import Tensor
-from variants import EMA_DECAY, LR, MOMENTUM, WEIGHT_DECAY, Case, Data, Variant
+from variants import Variant
+
+from fuseopt.verify import recipe
 
 FACTORS = (1.0, 0.5, 0.75)  # of the gradient, at the steps that are compared
 
@@ -12,24 +15,66 @@ FACTORS = (1.0, 0.5, 0.75)  # of the gradient, at the steps that are compared
 # changed and eps the spacing of the dtype at 1. It is d that is compared, since r is mostly the start.
 CHANGE = {torch.float32: 1e-4, torch.bfloat16: 2**-4}
 
-
 CHUNK = 2**18  # entries at a time, so that what is computed in between stays in the cache
+Piece = list[tuple[int, int, int]]  # (tensor, first entry, last + 1) of entries that follow each other
 
 
-class Oracle:
-    """Results of the case's first steps in float64, by torch.optim on flat tensors and torch.where."""
+def pieces(case: Case) -> Iterator[tuple[slice, Piece]]:
+    """The case's entries in chunks: where each lies in the flat vectors, and in the tensors."""
+    begin, place, piece = 0, 0, []
+    for k, shape in enumerate(case.shapes):
+        n, done = torch.Size(shape).numel(), 0
+        while done < n:
+            take = min(n - done, CHUNK - (place - begin))
+            piece.append((k, done, done + take))
+            done, place = done + take, place + take
+            if place - begin == CHUNK:
+                yield slice(begin, place), piece
+                begin, piece = place, []
+    if piece:
+        yield slice(begin, place), piece
 
-    def __init__(self, case: Case, data: Data, freezes: bool):
-        names = {"sgd": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}[case.rule]
-        names = ["parameters", *names, *(["EMA"] if case.full else [])]
-        self.results = {name: torch.empty_like(data.start, dtype=torch.float64) for name in names}
-        clips = [_clip(data, g) if case.full else 1.0 for g in gradients(data, slice(None))]
-        for k in range(0, case.elements, CHUNK):
-            part = slice(k, k + CHUNK)
-            for result, value in zip(
-                self.results.values(), _steps(case, data, part, clips, freezes), strict=True
-            ):
-                result[part] = value
+
+def take_steps(data: Data, variant: Variant) -> None:
+    """The steps that are compared, with a fresh variant."""
+    for g in gradients(data, slice(None)):
+        variant.set_gradient(data, g)
+        variant.step()
+
+
+def problems(case: Case, data: Data, variants: list[Variant]) -> list[str | None]:
+    """What is wrong with each variant, which has taken the steps; None if nothing is.
+
+    The float64 steps are taken chunk by chunk for all variants together: whole, they would not fit in memory.
+    """
+    found: list[str | None] = [None] * len(variants)
+    clips = [_clip(data, g) if case.full else 1.0 for g in gradients(data, slice(None))]
+    for freezes in (False, True):
+        todo = [k for k, v in enumerate(variants) if v.freezes == freezes]
+        for part, piece in pieces(case) if todo else ():
+            expected = _steps(case, data, part, clips, freezes)
+            for k in todo:
+                if found[k] is None:
+                    found[k] = _problem(case, data, variants[k], part, piece, expected)
+    return found
+
+
+def _problem(
+    case: Case, data: Data, variant: Variant, part: slice, piece: Piece, expected: dict[str, Tensor]
+) -> str | None:
+    """What is wrong with a variant among some entries."""
+    for name, right in expected.items():
+        if name not in ("parameters", "EMA") and not variant.exact:
+            continue  # its state is another one
+        if name in ("parameters", "EMA"):
+            tensors, start = (variant.params if name == "parameters" else variant.averages()), data.start[part].double()
+        else:
+            tensors, start = [variant.opt.state[p][name] for p in variant.params], right.new_zeros(())
+        got = torch.cat([tensors[k].detach().reshape(-1)[a:b] for k, a, b in piece])
+        change = CHANGE[case.dtype] if variant.exact else variant.change
+        if wrong := _compare(got.double(), right, start, case.dtype, change):
+            return f"{name}, among entries {part.start} to {part.stop}: {wrong}"
+    return None
 
 
 def _clip(data: Data, gradient: Tensor) -> float:
@@ -37,20 +82,27 @@ def _clip(data: Data, gradient: Tensor) -> float:
     return min(1.0, data.max_grad_norm / (norm + 1e-6))
 
 
-def _steps(case: Case, data: Data, part: slice, clips: list[float], freezes: bool) -> list[Tensor]:
-    """Parameters, moments and EMA of some entries after the steps."""
+def _steps(case: Case, data: Data, part: slice, clips: list[float], freezes: bool) -> dict[str, Tensor]:
+    """Parameters, moments and EMA of some entries after the steps, by torch.optim in float64 and torch.where."""
     start, effective = data.start[part].double(), data.effective[part]
     p, ema = start.clone(), None
-    options = {"momentum": MOMENTUM} if case.rule == "sgd" else {"weight_decay": WEIGHT_DECAY}
-    opt = (torch.optim.SGD if case.rule == "sgd" else torch.optim.AdamW)([p], lr=LR, **options)
+    opt = oracle(case, [p])
     for gradient, clip in zip(gradients(data, part), clips, strict=True):
         p.grad = torch.where(effective, gradient.double(), 0.0) * clip
         opt.step()
         if freezes:
             p.copy_(torch.where(data.keep[part], p, start))
         ema = p.clone() if ema is None else ema.lerp_(p, 1 - EMA_DECAY)
-    moments = [value for key, value in opt.state[p].items() if key != "step"]
-    return [p, *moments, *([ema] if case.full else [])]
+    state = opt.state[p]
+    moments = {name: state[name] for name in recipe.MOMENTS[type(opt)] if state.get(name) is not None}
+    return {"parameters": p, **moments, **({"EMA": ema} if case.averaged else {})}
+
+
+def oracle(case: Case, params: list[Tensor]) -> torch.optim.Optimizer:
+    """torch's plain optimizer of the case's rule."""
+    if case.torch_class is None:  # Lion
+        return recipe.Lion(params, **{"betas": (0.9, 0.99), "maximize": False} | case.options)
+    return case.torch_class(params, **case.options)
 
 
 def gradients(data: Data, part: slice) -> Iterator[Tensor]:
@@ -64,28 +116,10 @@ def gradients(data: Data, part: slice) -> Iterator[Tensor]:
         yield torch.where(data.pruned[part], 0, g) if k == 0 else g
 
 
-def problem(case: Case, data: Data, variant: Variant, oracle: Oracle) -> str | None:
-    """Take the steps with a fresh variant; None if all is right, otherwise what is not."""
-    for g in gradients(data, slice(None)):
-        variant.set_gradient(data, g)
-        variant.step()
-    found = {"parameters": variant.params, "EMA": variant.averages()}
-    for name, expected in oracle.results.items():
-        tensors = found.get(name) or [variant.opt.state[p][name] for p in variant.params]
-        got = torch.cat([t.detach().reshape(-1) for t in tensors])
-        for k in range(0, case.elements, CHUNK):
-            part = slice(k, k + CHUNK)
-            start = data.start[part].double() if name in found else torch.zeros((), dtype=torch.float64)
-            wrong = _compare(got[part].double(), expected[part], start, case.dtype)
-            if wrong:
-                return f"{name}, among entries {k} to {k + expected[part].numel()}: {wrong}"
-    return None
-
-
-def _compare(got: Tensor, expected: Tensor, start: Tensor, dtype: torch.dtype) -> str | None:
+def _compare(got: Tensor, expected: Tensor, start: Tensor, dtype: torch.dtype, change: float) -> str | None:
     """None if every entry is what is expected and moved from the start where that did."""
     moved = (expected - start).abs()
-    allowed = CHANGE[dtype] * (moved + moved.mean()) + len(FACTORS) * torch.finfo(dtype).eps * expected.abs()
+    allowed = change * (moved + moved.mean()) + len(FACTORS) * torch.finfo(dtype).eps * expected.abs()
     wrong = ~((got - expected).abs() <= allowed)  # also where NaN
     if wrong.any():
         k = int(wrong.nonzero()[0])

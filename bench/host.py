@@ -1,7 +1,7 @@
 """Times the host's part of a step: many small tensors, whose arithmetic is next to nothing.
 
-    python bench/host.py                          all cases, about three minutes; JSON in bench/results/
-    python bench/host.py --cases adamw --shapes 200 --threads 1
+    python -m bench host                          all cases, about three minutes; JSON in bench/results/
+    python -m bench host --cases adamw --shapes 200 --threads 1
 
 fuseopt and torch's fused step (in a full case, the recipe around it) alternate in one run, both verified
 first (check.py). A round is taken in three ways:
@@ -20,14 +20,19 @@ from pathlib import Path
 
 import check
 import measure
+import recipes
+import record
 import report
-import step
 import torch
-from variants import Case, Data, Variant, fused_pass, plain_torch, recipe
+from case import Case, Data
+from variants import Variant, fused_pass, plain_torch
+
+from fuseopt import cpu
 
 CASES = ("adamw", "sgd", "full")
 SHAPES = ("10", "200", "1000")
 WAYS = ("hot", "backward", "cold")
+HEADS = {"hot": "steps in a row", "backward": "after a backward pass", "cold": "caches flushed"}
 TARGETS = {("adamw", "10"): 2.0, ("adamw", "200"): 10.0, ("adamw", "1000"): 12.0}  # hot; torch's time / fuseopt's
 PARTS = ("gather", "run", "mark_written", "release")  # what a step asks of the compiled table
 
@@ -41,25 +46,23 @@ def cache_bytes() -> int:
         return 2**25
 
 
-class Timed:
-    """A compiled table that notes how long each part takes; 0.1 us a call go to the notes."""
+def timed_table():
+    """A compiled table that notes in `seconds` how long each part takes; 0.1 us a call go to the notes."""
 
-    def __init__(self, table):
-        self.table, self.seconds = table, dict.fromkeys(PARTS, 0.0)
-        for name in PARTS:
-            setattr(self, name, self._timed(name, getattr(table, name)))
+    def timed(name: str) -> Callable:
+        call = getattr(cpu.native.TensorTable, name)
 
-    def __getattr__(self, name: str):
-        return getattr(self.table, name)
-
-    def _timed(self, name: str, call: Callable) -> Callable:
-        def timed(*args):
+        def method(self, *args):
             start = time.perf_counter()
-            result = call(*args)
+            result = call(self, *args)
             self.seconds[name] += time.perf_counter() - start
             return result
 
-        return timed
+        return method
+
+    table = type("Timed", (cpu.native.TensorTable,), {name: timed(name) for name in PARTS})()
+    table.seconds = dict.fromkeys(PARTS, 0.0)
+    return table
 
 
 class Empty(torch.optim.SGD):
@@ -96,11 +99,12 @@ class Clock:
 def pair(case: Case, data: Data) -> tuple[Variant, Variant]:
     """fuseopt and what it is compared with, both verified; raises SystemExit if one is wrong."""
     if case.full:
-        made = fused_pass(case, data, "grad"), recipe(case, data, "float", "fused")
+        made = fused_pass(case, data, "grad"), recipes.full(case, data, "float", "fused")
     else:
         made = fused_pass(case, data), plain_torch(case, data, "fused")
     for variant in made:
-        wrong = check.problem(case, data, variant, check.Oracle(case, data, variant.freezes))
+        check.take_steps(data, variant)
+    for variant, wrong in zip(made, check.problems(case, data, list(made)), strict=True):
         if wrong:
             raise SystemExit(f"{variant.name} is wrong and was not timed: {wrong}")
         variant.set_gradient(data)
@@ -126,7 +130,7 @@ def breakdown(clock: Clock, variant: Variant, seconds: float, repeats: int) -> d
     """Where a step of fuseopt goes, in seconds: medians over samples of the same kind."""
     empty, samples = Empty([torch.nn.Parameter(torch.zeros(1))]), {}
     table = variant.opt._table
-    timed = variant.opt._table = Timed(table)
+    timed = variant.opt._table = timed_table()
     count, start = repeats if clock.way == "hot" else 1, time.perf_counter()
     while time.perf_counter() - start < seconds:
         timed.seconds.update(dict.fromkeys(PARTS, 0.0))
@@ -185,20 +189,40 @@ def verdicts(rows: list[dict]) -> str:
     return "targets: torch fused takes this many times as long\n" + "\n".join(lines) if lines else ""
 
 
+def markdown(results: list[dict]) -> str:
+    """AdamW: torch's time relative to fuseopt's, a line a number of tensors, for each run (one a number of threads)."""
+    columns = [(result, way) for way in WAYS for result in results]
+    head = [
+        "tensors",
+        *(f"{HEADS[way]}, {result['threads']} thread{'s' * (result['threads'] > 1)}" for result, way in columns),
+    ]
+    lines = []
+    for shape in SHAPES:
+        cells = [
+            f"x{row['ratio']['median']:.2f} ({report.duration(row['fuseopt']['median'])})"
+            for result, way in columns
+            for row in result["host"]
+            if (row["case"], row["shape"], row["way"]) == ("adamw", shape, way)
+        ]
+        lines.append([shape, *cells])
+    made = [f"`{result['command']}` on {report.machine(result)}." for result in results]
+    return "\n".join([*report.grid(head, lines), "", *made])
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
     p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="N", help=" ".join(SHAPES))
     p.add_argument("--seconds", type=float, default=4.0, help="a way of a case (default: 4)")
-    step.common(p)
+    record.common(p)
     args = p.parse_args(argv)
-    result = step.begin(p, args, "host")
+    result = record.begin(p, args, "host")
     print(report.machine(result) + "\n\ncase, tensors, way, fuseopt, torch, ratio (quartiles), parts of fuseopt in us")
     result["host"] = [
         row for name in args.cases for shape in args.shapes for row in measure_case(name, shape, args.seconds)
     ]
     print("\n" + verdicts(result["host"]))
-    step.finish(args, result, f"host-{result['threads']}")
+    record.finish(args, result, f"host-{result['threads']}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Times AdamW (fp32) under masks of every form, relative to no mask at all.
 
-    python bench/masks.py                          16M weights, about a minute
-    python bench/masks.py --elements 1e6 --rounds 5
+    python -m bench masks                          16M weights, about a minute
+    python -m bench masks --elements 1e6 --rounds 5
 
 All variants step the same memory, so that what differs is the mask; each is checked first. Rounds alternate all of
 them in an order drawn anew; ratios are medians within a round. Every other row, column or entry (at random) is kept.
@@ -13,8 +13,8 @@ import sys
 import time
 
 import measure
+import record
 import report
-import step
 import torch
 from torch import Tensor
 
@@ -96,15 +96,30 @@ def line(one: dict) -> str:
     )
 
 
+def markdown(results: list[dict]) -> str:
+    """A line a mask and mode, a column a number of columns; a table a run."""
+    tables = []
+    for result in results:
+        found = {(row["mask"], row["mode"], row["columns"]): row["ratio"] for row in result["masks"]}
+        columns = list(dict.fromkeys(row["columns"] for row in result["masks"]))
+        kinds = list(dict.fromkeys((row["mask"], row["mode"]) for row in result["masks"] if row["mask"] != "none"))
+        head = ["mask", *(f"rows of {count}" for count in columns)]
+        lines = [
+            [f'{mask}, "{mode}"', *(f"x{found[mask, mode, k]['median']:.2f}" for k in columns)] for mask, mode in kinds
+        ]
+        tables += [*report.grid(head, lines), "", f"`{result['command']}` on {report.machine(result)}.", ""]
+    return "\n".join(tables).rstrip()
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--elements", type=float, default=2**24, help="weights, about (default: 16M)")
     p.add_argument("--rounds", type=int, default=60, help="how often each variant runs (default: 60)")
-    step.common(p)
+    record.common(p)
     args = p.parse_args(argv)
     if min(args.elements, args.rounds) < 1:
         p.error("--elements and --rounds are at least 1")
-    result = step.begin(p, args, "masks")
+    result = record.begin(p, args, "masks")
     print(report.machine(result) + "\n\ncolumns, mask, mode, a step, relative to no mask (quartiles)")
     every = variants(int(args.elements))
     for one in every:
@@ -117,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             one.run()
     result |= {"others": others.share(), "masks": [row(one, every[0]) for one in every]}
     print("\n".join(map(line, result["masks"])))
-    step.finish(args, result, "masks")
+    record.finish(args, result, "masks")
     return 0
 
 

@@ -11,12 +11,16 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import check
 import torch
+from case import Case, Data
+from peers import makers as peer_makers
+from shapes import TINY
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from variants import Case, Data, Variant, makers
+from variants import Untimed, Variant, makers
 
 SHARE_FROM = 2**22  # elements; a smaller step is served by the cache and has no share of the bandwidth
 
@@ -25,8 +29,9 @@ SHARE_FROM = 2**22  # elements; a smaller step is served by the cache and has no
 class Settings:
     """How long to measure."""
 
-    seconds: float = 10.0  # a case beyond the cache, bandwidth and refreshed gradients included
-    seconds_small: float = 4.0  # a case within it
+    seconds: float = 6.0  # a case beyond the cache, bandwidth and refreshed gradients included
+    seconds_small: float = 2.5  # a case within it
+    seconds_host: float = 0.6  # the host time of a case
     least_rounds: int = 9
     most_rounds: int = 200
     sample: float = 1e-3  # seconds; shorter steps are repeated to last that long
@@ -37,7 +42,7 @@ class Settings:
 class Samples:
     """The rounds of one variant or kernel."""
 
-    bytes: float
+    bytes: float | None
     repeats: int = 1
     seconds: list[float] = field(default_factory=list)  # a step, one entry a round
     page_faults: list[float] = field(default_factory=list)  # a step: memory fresh from the system
@@ -87,9 +92,7 @@ class Others:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, median, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    )
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "low": low, "high": high}
 
 
@@ -106,11 +109,21 @@ def allocated(variant: Variant) -> int:
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
 
 
-def run_case(case: Case, settings: Settings) -> dict:
+def state_bytes(variant: Variant) -> int:
+    """Bytes of the tensors that a variant keeps between steps, beside parameters and gradients."""
+    kept = [x for p in variant.params for x in variant.opt.state[p].values() if isinstance(x, Tensor)]
+    storages = {}
+    for x in [*kept, *variant.averages(), *variant.held()]:
+        inner = [getattr(x, name) for name in x.__tensor_flatten__()[0]] if hasattr(x, "__tensor_flatten__") else [x]
+        storages |= {(y.device, y.data_ptr()): y.numel() * y.element_size() for y in inner}
+    return sum(storages.values())
+
+
+def run_case(case: Case, settings: Settings, peers: list[str]) -> dict:
     """Verify and time the variants of a case; a result that json can write (see report.py)."""
     data = Data(case)
-    ready, untimed = verified(case, data, makers(case, data))
-    extra = {v.name: {"allocated_bytes": allocated(v)} for v in ready}
+    ready, untimed = verified(case, data, makers(case, data), peer_makers(case, data, peers))
+    extra = {v.name: {"allocated_bytes": allocated(v), "state_bytes": state_bytes(v)} for v in ready}
     bandwidth = Bandwidth(settings.bandwidth_elements) if case.elements >= SHARE_FROM else None
     others = Others()
     samples, kernels = _rounds(data, ready, bandwidth, settings)
@@ -120,57 +133,98 @@ def run_case(case: Case, settings: Settings) -> dict:
         row = {"name": v.name, "family": v.family, "verified": True, "passes": v.passes, **extra[v.name]}
         first = samples[ready[0].name].seconds
         rows.append(row | _summary(samples[v.name], first, kernels.get(best)))
+    share, rounds = others.share(), len(samples[ready[0].name].seconds) if ready else 0
+    tensors, elements = len(case.shapes), case.elements
+    del data, ready, samples  # before memory is asked for again
+    hosts = host_seconds(case, settings)
     return {
         "case": case.name,
         "shape": case.shape,
         "rule": case.rule,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "full": case.full,
-        "tensors": len(case.shapes),
-        "elements": case.elements,
-        "rounds": len(samples[ready[0].name].seconds) if ready else 0,
-        "others": others.share(),
+        "stages": case.stages,
+        "tensors": tensors,
+        "elements": elements,
+        "rounds": rounds,
+        "others": share,
         "bandwidth": {k: spread([s.bytes / t for t in s.seconds]) for k, s in kernels.items()},
         "best_kernel": best,
-        "variants": rows + untimed,
+        "variants": [row | ({"host_seconds": hosts[row["name"]]} if row["name"] in hosts else {}) for row in rows]
+        + untimed,
     }
 
 
-def verified(case: Case, data: Data, makers: list[Callable]) -> tuple[list[Variant], list[dict]]:
+def host_seconds(case: Case, settings: Settings) -> dict[str, dict]:
+    """{variant: spread of its host time}: of a step of as many tensors of 64 entries, all of them in the cache.
+
+    Next to nothing is computed or moved there, so what remains is what the step costs whatever the tensors' size.
+    Of fuseopt and torch; the first steps are verified as all others are.
+    """
+    tiny = Case(case.name, case.shape, sizes=[TINY] * len(case.shapes))
+    if case.shapes == tiny.shapes:
+        return {}  # the case's own times are these
+    data = Data(tiny)
+    ready, _ = verified(tiny, data, makers(tiny, data))
+    samples, _ = _rounds(data, ready, None, replace(settings, seconds_small=settings.seconds_host))
+    return {name: spread(found.seconds) for name, found in samples.items()}
+
+
+def verified(
+    case: Case, data: Data, makers: list[Callable], peers: list[tuple[str, Callable]] = ()
+) -> tuple[list[Variant], list[dict]]:
     """(variants whose first steps are right, ready for more; a row for each that is not timed).
 
-    Times are relative to the first that is ready.
+    Times are relative to the first that is ready. A row has "problem", or "skipped" where the variant does not run
+    here; of a wrong peer or optimizer of torch the run goes on and says so.
     """
-    ready, untimed, oracles = [], [], {}
-    for k, make in enumerate(makers):
-        row = {"name": f"variant {k + 1}", "family": "", "verified": False}
+    made, untimed = [], []
+    for name, make in [*((f"variant {k + 1}", make) for k, make in enumerate(makers)), *peers]:
+        row = {"name": name, "family": "peer" if (name, make) in peers else "", "verified": False}
         try:
+            enough(case)
             variant = make()
             row |= {"name": variant.name, "family": variant.family}
-            if variant.freezes not in oracles:
-                oracles[variant.freezes] = check.Oracle(case, data, variant.freezes)
-            wrong = check.problem(case, data, variant, oracles[variant.freezes])
+            check.take_steps(data, variant)
+            made.append(variant)
+        except Untimed as why:
+            untimed.append(row | {"skipped": str(why)})
         except Exception as error:  # of one variant; the others are timed all the same
             traceback.print_exc(limit=-4)
-            wrong = f"{type(error).__name__}: {error}"
+            untimed.append(row | {"problem": f"{type(error).__name__}: {error}"})
+    ready = []
+    for variant, wrong in zip(made, check.problems(case, data, made), strict=True):
         if wrong is None:
             variant.set_gradient(data)
             ready.append(variant)
         else:
-            untimed.append(row | {"problem": wrong})
+            untimed.append({"name": variant.name, "family": variant.family, "verified": False, "problem": wrong})
     return ready, untimed
 
 
-def _rounds(
-    data: Data, ready: list[Variant], bandwidth: Bandwidth | None, settings: Settings
-) -> tuple[dict, dict]:
+def enough(case: Case) -> None:
+    """Raise Untimed if another variant may not fit in memory: up to nine tensors of the parameters' size."""
+    need, free = 9 * case.elements * case.dtype.itemsize, free_memory()
+    if case.device == "cpu" and free is not None and need > free:
+        raise Untimed(f"may need {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} are free")
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _rounds(data: Data, ready: list[Variant], bandwidth: Bandwidth | None, settings: Settings) -> tuple[dict, dict]:
     """({variant: Samples}, {kernel: Samples}) of as many rounds as the settings allow."""
     kernels = bandwidth.kernels if bandwidth else {}
     samples = {v.name: Samples(v.bytes()) for v in ready}
     of_kernels = {name: Samples(size) for name, (_, size) in kernels.items()}
     todo = [(v.step, samples[v.name]) for v in ready] + [(kernels[k][0], of_kernels[k]) for k in kernels]
     for run, s in todo:
-        s.repeats = _repeats(run, settings.sample)
+        s.repeats = repeats(run, settings.sample)
     shuffle, start, done = random.Random(0).shuffle, time.perf_counter(), 0
     seconds = settings.seconds if bandwidth else settings.seconds_small
     while ready and done < settings.most_rounds:
@@ -189,7 +243,7 @@ def _rounds(
     return samples, of_kernels
 
 
-def _repeats(run: Callable, at_least: float) -> int:
+def repeats(run: Callable, at_least: float) -> int:
     """How often to repeat run() so that it lasts so many seconds, after warming up."""
     run()
     start = time.perf_counter()
@@ -218,7 +272,7 @@ def _summary(samples: Samples, baseline: list[float], kernel: Samples | None) ->
         "repeats": samples.repeats,
         "samples": [float(f"{s:.4g}") for s in samples.seconds],
     }
-    if kernel:
+    if kernel and samples.bytes:
         per_byte = [s / samples.bytes for s in samples.seconds]
         out["share"] = ratios([s / kernel.bytes for s in kernel.seconds], per_byte)
     return out

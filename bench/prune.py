@@ -1,7 +1,7 @@
 """Times a step that prunes, and what memory it takes beside the model, against torch.nn.utils.prune.
 
-    python bench/prune.py                          100M weights, every case; about five minutes, 4 GB
-    python bench/prune.py --elements 1e7 --cases global-fp32
+    python -m bench prune                          100M weights, every case; about five minutes, 4 GB
+    python -m bench prune --elements 1e7 --cases global-fp32
 
 A round takes each side once, from the same weights: an SGD step (torch's fused=True) with lr 0, so that both sides
 rank the same values, and with it the pruning of a dense model to 80% (or 2:4). What was pruned is compared first.
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import measure
+import record
 import report
-import step
 import torch
 import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
@@ -182,19 +182,31 @@ def line(row: dict) -> str:
     )
 
 
+def markdown(results: list[dict]) -> str:
+    """A line a case."""
+    rows = []
+    for row in results[0]["prune"]:
+        memory = ["unknown" if b is None else f"{b / 2**20:.0f} MiB" for b in row["extra_bytes"]]
+        times = [report.duration(row[side]["median"]) for side in ("fuseopt", "torch")]
+        rows.append([row["case"].replace("-", ", "), f"x{row['ratio']['median']:.2f}", *times, *memory])
+    head = ["what is pruned", "torch / fuseopt", "fuseopt", "torch", "extra memory", "torch's"]
+    made = f"`{results[0]['command']}` on {report.machine(results[0])}."
+    return "\n".join([*report.grid(head, rows), "", made])
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
     p.add_argument("--elements", type=float, default=1e8, help="weights, about (default: 1e8)")
     p.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
-    step.common(p)
+    record.common(p)
     args = p.parse_args(argv)
     if min(args.elements, args.rounds) < 1:
         p.error("--elements and --rounds are at least 1")
-    result = step.begin(p, args, "prune")
+    result = record.begin(p, args, "prune")
     print(report.machine(result) + "\n\ncase, weights, fuseopt, torch, ratio (quartiles), extra memory of each")
     result["prune"] = [measure_case(name, int(args.elements), args.rounds) for name in args.cases]
-    step.finish(args, result, "prune")
+    record.finish(args, result, "prune")
     return 0
 
 

@@ -1,184 +1,147 @@
-"""Times an optimizer step: fuseopt against torch's optimizers and recipes with separate passes.
-
-    python bench/step.py                          all cases, about four minutes; JSON in bench/results/
-    python bench/step.py --quick                  small tensors and few rounds, to see that it runs
-    python bench/step.py --cases full --shapes one fifty
-    python bench/step.py --markdown RESULT.json   the tables of a README, from a run's JSON
+"""The main table: one step of fuseopt against torch's optimizers, recipes of separate passes, and other packages.
 
 Every variant is verified first against float64 (check.py) and not timed if that fails; then rounds alternate
-all variants and the bandwidth kernels in random order (measure.py). The exit status is 1 if a check failed.
+all variants and the bandwidth kernels in random order (measure.py). The exit status is 1 if fuseopt was wrong.
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler, used for one step a variant, prints
 
+import compare
+import record
 import report
-import torch
+from case import CASES, DTYPES, RULES, Case
 from measure import Settings, run_case
-from variants import CASES, SHAPES, Case
+from peers import PEERS
+from shapes import SHAPES
 
-import fuseopt
-from fuseopt import cpu as compiled
+STAGES = ("plain", "full", "ema")
+HELP = """\
+python -m bench                                  the default cases, ten minutes on two cores; JSON and plots
+python -m bench --quick                          small tensors and few rounds, to see that it runs
+python -m bench --rules adamw --dtypes bf16      of all cases those that match
+python -m bench --markdown RESULT.json           the tables of a run
+python -m bench --plot RESULT.json               its pictures, beside it
+python -m bench --compare OLD.json [NEW.json]    what changed beyond the noise; without NEW: by a run made now
+python -m bench host | prune | masks | scaling | finetune | paper | pages    --help tells more
+"""
 
-HERE = Path(__file__).resolve().parent
+
+TINY = "tiny 10 200 1000"
+# The shapes of a run without arguments: AdamW and all stages on everything, every other rule and dtype on little.
+DEFAULT = dict.fromkeys(CASES, "one 200") | {
+    "adamw": f"one resnet50 vit gpt2 lora {TINY}",
+    "adamw-bf16": f"one gpt2 lora {TINY}",
+    "full": f"one resnet50 vit lora {TINY}",
+}
+QUICK_RUN = {name: "one" for name in CASES if "bf16" not in name} | {"adamw": "one 10", "full": "one 10"}
+QUICK_RUN |= {"adamw-bf16": "one", "sgd-bf16": "one", "ema-bf16": "one"}
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The (case, shape) pairs that the command line asks for."""
+    wanted = (args.rules, args.dtypes, args.stages)
+    if not (args.all or any(wanted) or args.shapes):
+        return [
+            (name, shape) for name, shapes in (QUICK_RUN if args.quick else DEFAULT).items() for shape in shapes.split()
+        ]
+    names = [n for n, parts in CASES.items() if all(w is None or x in w for x, w in zip(parts, wanted, strict=True))]
+    shapes = ["one", *TINY.split()] if args.quick else [shape for shape in SHAPES if shape != "fifty"]
+    return [(name, shape) for name in names for shape in args.shapes or shapes]
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--quick", action="store_true", help="small and short; writes JSON only with --json")
-    p.add_argument(
-        "--json",
-        type=Path,
-        metavar="PATH",
-        help="where to write it (default: bench/results/DATE-COMMIT.json)",
+    p = argparse.ArgumentParser(
+        "python -m bench",
+        "python -m bench [COMMAND] [OPTION ...]",
+        f"{__doc__.splitlines()[0]}\n\n{HELP}",
+        __doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    p.add_argument(
-        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES)
-    )
-    p.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE", help=" ".join(SHAPES)
-    )
-    p.add_argument("--threads", type=int, help="threads of torch and fuseopt (default: torch's choice)")
-    p.add_argument(
-        "--markdown", type=Path, metavar="RESULT", help="print the tables of an earlier result and exit"
-    )
+    p.add_argument("--quick", action="store_true", help="about half a minute; writes nothing without --json")
+    p.add_argument("--all", action="store_true", help="every rule, dtype, stage and shape: an hour or more")
+    for option, names in (
+        ("rules", RULES),
+        ("dtypes", DTYPES),
+        ("stages", STAGES),
+        ("shapes", SHAPES),
+        ("peers", PEERS),
+    ):
+        words = f"only these of: {', '.join(names)}" + ("; none at all without a name" if option == "peers" else "")
+        many = "*" if option == "peers" else "+"
+        p.add_argument(f"--{option}", nargs=many, choices=names, metavar=option.upper()[:-1], help=words)
+    p.add_argument("--markdown", type=Path, metavar="RESULT", help="print the tables of a result and exit")
+    p.add_argument("--plot", type=Path, metavar="RESULT", help="draw a result, RESULT-roofline.png and -ratios.png")
+    words = "what changed between two results; without NEW, between OLD and a run of the same cases"
+    p.add_argument("--compare", type=Path, nargs="+", metavar=("OLD", "NEW"), help=words)
+    record.common(p)
     args = p.parse_args(argv)
-    if args.threads is not None and args.threads < 1:
-        p.error(f"--threads {args.threads}: give at least 1")
-    return args
+    if args.compare and len(args.compare) > 2:
+        p.error("--compare takes one or two results")
+    return p, args
 
 
 def settings(quick: bool) -> Settings:
     """How long a case may take."""
     if quick:
-        return Settings(seconds_small=0.3, least_rounds=5, most_rounds=30)
+        return Settings(seconds_small=0.1, seconds_host=0.05, least_rounds=5, most_rounds=30)
     return Settings()
 
 
-def cpu() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def run(p: argparse.ArgumentParser, args: argparse.Namespace, cases: list[tuple[str, str]]) -> dict:
+    """Measure, printing each table as it comes."""
+    result = {**record.begin(p, args, "step"), "cases": []}
+    print(report.machine(result))
+    peers = list(PEERS) if args.peers is None else args.peers
+    for name, shape in cases:
+        result["cases"].append(run_case(Case(name, shape, args.quick), settings(args.quick), peers))
+        print("\n" + report.table(result["cases"][-1]), flush=True)
+    print("\n" + "\n\n".join(filter(None, (report.untimed(result), report.targets(result), report.NOTES))))
+    return result
 
 
-def git(*words: str) -> str:
-    """Output of a git command here; empty where there is no repository."""
-    try:
-        return subprocess.run(
-            ["git", *words], cwd=HERE, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def circumstances(args: argparse.Namespace) -> dict:
-    """Everything about a run but its numbers."""
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    native = compiled.native_error()
-    return {
-        "command": shlex.join(["python", "bench/step.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "system": platform.platform()},
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fuseopt": fuseopt.__version__,
-        "instruction_set": compiled.native.instruction_set()
-        if native is None
-        else f"not compiled: {native}",
-        "commit": git("rev-parse", "--short", "HEAD") or "no commit",
-        "uncommitted_changes": bool(changed),
-        "quick": args.quick,
-    }
-
-
-def write_whole(path: Path, result: dict) -> None:
-    """Write the JSON, or leave what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        try:
-            json.dump(result, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def common(p: argparse.ArgumentParser) -> None:
-    """The arguments that the other scripts share."""
-    p.add_argument("--threads", type=int, help="threads of torch and fuseopt (default: torch's choice)")
-    p.add_argument("--json", type=Path, metavar="PATH", help="where to write it (default: bench/results/)")
-
-
-def begin(p: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> dict:
-    """Checks and sets the threads; the head of the script's result."""
-    if args.threads is not None and args.threads < 1:
-        p.error(f"--threads {args.threads}: give at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    args.quick = False
-    return circumstances(args) | {"command": shlex.join(["python", f"bench/{script}.py", *sys.argv[1:]])}
-
-
-def finish(args: argparse.Namespace, result: dict, name: str) -> None:
-    """Writes the script's result, under `name` unless --json says where."""
-    day = result["date"].replace(":", "").replace("-", "")
-    path = args.json or HERE / "results" / f"{day}-{result['commit']}-{name}.json"
-    write_whole(path, result)
-    print(f"\nwritten: {path}")
-
-
-def read(path: Path) -> dict:
-    """A result that was written by `write_whole`; exits with one line if there is none."""
-    try:
-        result = json.loads(path.read_text())
-        result["cases"]
-        return result
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path} is not a result of bench/step.py: {error}") from None
+def wrong(result: dict) -> bool:
+    """Whether fuseopt failed a check. A peer that does is only said to."""
+    rows = [row for case in result["cases"] for row in case["variants"]]
+    return any("problem" in row and row["family"] in ("fuseopt", "") for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    p, args = parse(argv)
     if args.markdown:
-        print(report.markdown(read(args.markdown)))
+        print(report.markdown(record.read(args.markdown, "cases")))
         return 0
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    result = {**circumstances(args), "cases": []}
-    print(report.machine(result))
-    for name in args.cases:
-        for shape in args.shapes:
-            result["cases"].append(run_case(Case(name, shape, args.quick), settings(args.quick)))
-            print("\n" + report.table(result["cases"][-1]), flush=True)
-    print("\n" + report.targets(result) + "\n\n" + report.NOTES)
-    path = args.json
-    if path is None and not args.quick:
-        day = result["date"].replace(":", "").replace("-", "")
-        path = HERE / "results" / f"{day}-{result['commit']}.json"
-    if path is not None:
-        write_whole(path, result)
-        print(f"\nwritten: {path}")
-    return 0 if all(row["verified"] for case in result["cases"] for row in case["variants"]) else 1
+    if args.plot:
+        return draw(record.read(args.plot, "cases"), args.plot)
+    old = [record.read(path, "cases") for path in args.compare or ()]
+    if len(old) == 2:
+        print(compare.text(*old))
+        return 0
+    cases = [(case["case"], case["shape"]) for case in old[0]["cases"]] if old else chosen(args)
+    result = run(p, args, cases)
+    if old:
+        print("\n" + compare.text(old[0], result))
+    if args.json or not (args.quick or old):
+        draw(result, record.finish(args, result))
+    return int(wrong(result))
+
+
+def draw(result: dict, path: Path) -> int:
+    """Both pictures, beside the result; says so where there is no matplotlib."""
+    try:
+        import plot
+    except ModuleNotFoundError as error:
+        print(f"no pictures: {error}")
+        return 1
+    for picture in plot.draw(result, path):
+        print(f"written: {picture}")
+    return 0
 
 
 if __name__ == "__main__":

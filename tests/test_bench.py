@@ -1,28 +1,135 @@
-"""The benchmark scripts run, verify what they time and write a whole result file. Figures are not looked at."""
+"""The benchmark commands run, verify what they time and write whole result files. Figures are not looked at."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
-    "prune.py": (["--elements", "1", "--rounds", "1"], "prune"),
-    "masks.py": (["--elements", "1e5", "--rounds", "3"], "masks"),
+    "prune": ["--elements", "1", "--rounds", "1"],
+    "masks": ["--elements", "1e5", "--rounds", "3"],
+    "scaling": ["--sizes", "1e3", "1e15", "--threads-at", "--seconds", "0.01"],
 }
 
 
+def bench(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "bench", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Imports modules of bench/ by their bare names, as they do each other, and forgets them and their settings."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    before, threads = set(sys.modules), torch.get_num_threads()
+    with pytest.importorskip("matplotlib").rc_context():
+        yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "bench")):
+            del sys.modules[name]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_it_runs_and_writes_its_result(name, tmp_path):
-    arguments, key = SCRIPTS[name]
+def test_it_runs_and_writes_its_result(name, tmp_path, modules, capsys):
     path = tmp_path / "result.json"
-    done = subprocess.run(
-        [sys.executable, BENCH / name, *arguments, "--threads", "1", "--json", path], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert modules(name).main([*SCRIPTS[name], "--threads", "1", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
-    assert result[key] and all(row["fuseopt"]["median"] > 0 for row in result[key])
+    timed = [row for row in result[name] if "skipped" not in row]
+    assert timed and all(row["fuseopt"]["median"] > 0 for row in timed)
     assert {"command", "commit", "date"} <= result.keys()
-    assert done.stdout.count("\n") > len(result[key])
+    assert capsys.readouterr().out.count("\n") > len(result[name])
+    if name == "scaling":
+        assert "GB" in result[name][1]["skipped"] and path.with_name("result-curves.png").exists()
+        assert "| 1,000 | 1 | " in modules(name).markdown([result])
+
+
+def test_the_main_table(tmp_path, modules):
+    """Run, tables, pictures, and the comparison with another result."""
+    path = tmp_path / "new.json"
+    words = ["--quick", "--rules", "adamw", "sgd", "--dtypes", "bf16", "--shapes", "tiny", "--threads", "1"]
+    done = bench(*words, "--peers", "apex", "--json", path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    result = json.loads(path.read_text())
+    names = {case["case"]: {row["name"]: row for row in case["variants"]} for case in result["cases"]}
+    assert set(names) == {"adamw-bf16", "ema-bf16", "sgd-bf16"}
+    assert "GPU" in names["adamw-bf16"]["apex"]["skipped"] and "Not timed:" in done.stdout
+    for rows in names.values():
+        row = rows["fuseopt"]
+        assert row["verified"] and row["ratio"]["median"] == 1 and row["bytes"] > 0 and row["state_bytes"] > 0
+    text = modules("report").markdown(result)
+    assert "**AdamW, bf16, with an fp32 EMA**" in text and "| fuseopt |" in text and "- apex: skipped" in text
+    for what in ("roofline", "ratios"):
+        assert path.with_name(f"new-{what}.png").read_bytes().startswith(b"\x89PNG")
+
+    compare = modules("compare")
+    assert "nothing changed beyond the noise in 3 cases" in compare.text(result, result)
+    old = json.loads(path.read_text())
+    for case in old["cases"]:
+        for row in case["variants"]:
+            if "fused" in row["name"] and "ratio" in row:
+                row["ratio"] = dict.fromkeys(row["ratio"], 2 * row["ratio"]["high"])
+    old["cases"][0]["variants"][0]["bytes"] += 1
+    said = compare.text(old, result)
+    assert said.count("fuseopt is SLOWER") == 2 and said.count("moved") == 1
+
+
+def test_what_is_no_result_is_refused_in_one_line(tmp_path, modules):
+    for text in ('{"date": 1}', "[]", "no JSON"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(SystemExit, match="is not a result of python -m bench") as refused:
+            modules("step").main(["--compare", str(tmp_path / "other.json")])
+        assert "\n" not in str(refused.value)
+
+
+def test_a_wrong_variant_is_not_timed_and_a_wrong_fuseopt_fails_the_run(modules, monkeypatch):
+    """Planted: one entry of 64 is left where it was."""
+    measure, variants, case = modules("measure"), modules("variants"), modules("case")
+    one = case.Case("adamw", "tiny")
+    data = case.Data(one)
+
+    def planted(make):
+        variant = make()
+        step, p = variant.step, variant.params[0]
+
+        def lazy():
+            kept = p.detach()[0, 0].clone()
+            step()
+            p.detach()[0, 0] = kept
+
+        variant.step = lazy
+        return variant
+
+    makers = variants.makers(one, data)
+    ready, untimed = measure.verified(one, data, [lambda: planted(makers[0]), *makers[1:]])
+    assert [v.name for v in ready] == ["torch fused=True", "torch foreach=True", "torch default"]
+    assert "1 differ" in untimed[0]["problem"]
+    step = modules("step")
+    assert step.wrong({"cases": [{"variants": untimed}]})
+    assert not step.wrong({"cases": [{"variants": [untimed[0] | {"family": "peer"}]}]})
+
+
+def test_a_full_case_with_vectors_is_verified(modules):
+    """Vectors are not pruned: what the recipes zero is what fuseopt selects all the same."""
+    measure, variants, case = modules("measure"), modules("variants"), modules("case")
+    full = case.Case("full", "tiny", sizes=[(40,), (8, 16), (4, 8, 2)])
+    data = case.Data(full)
+    ready, untimed = measure.verified(full, data, variants.makers(full, data))
+    assert len(ready) == 10 and not untimed
+
+
+def test_the_shapes_are_those_of_the_models(modules):
+    """Parameters as the models' authors count them: torchvision's, GPT-2's, timm's, peft's."""
+    shapes = modules("shapes")
+    counts = {"resnet50": 25_557_032, "gpt2": 124_439_808, "vit": 86_567_656, "lora": 294_912, "one": 2**24}
+    assert {name: shapes.entries(shapes.SHAPES[name][1]) for name in counts} == counts
+    assert {len(shapes.SHAPES[name][1]) for name in ("tiny", "10", "200", "1000")} == {1, 10, 200, 1000}
+
+
+def test_the_pages_show_the_results_that_they_name():
+    done = bench("pages", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
