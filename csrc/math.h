@@ -62,12 +62,15 @@ FUSEOPT_INLINE T select(bool c, T a, T b) {
 
 FUSEOPT_INLINE float bf16_to_float(uint16_t h) { return bit_cast<float>(uint32_t(h) << 16); }
 
-FUSEOPT_INLINE uint16_t float_to_bf16(float x) {
+// x rounded to bf16, as the bits of an fp32 number: bf16 is its upper half.
+FUSEOPT_INLINE uint32_t rounded_to_bf16(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u);
   const uint32_t is_nan = x != x ? ~0u : 0u;  // see float_to_half on the use of masks
-  return uint16_t((0x7fc0u & is_nan) | (rounded & ~is_nan));
+  return ((0x7fc00000u & is_nan) | (rounded & ~is_nan)) & 0xffff0000u;
 }
+
+FUSEOPT_INLINE uint16_t float_to_bf16(float x) { return uint16_t(rounded_to_bf16(x) >> 16); }
 
 // Both half conversions let the fp32 unit do the exponent work, so that subnormals need no branch.
 FUSEOPT_INLINE float half_to_float(uint16_t h) {

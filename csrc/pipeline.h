@@ -51,11 +51,19 @@ FUSEOPT_INLINE T effective_grad(T g, bool keep, const StageScalars<T>& s) {
   return g * s.clip;
 }
 
+// Whether a step asks for what few do. Neutral, these scalars still take as long as a whole rule in a loop over 16-bit
+// storage, so the CPU's loops exist with them and without.
+template <class T>
+inline bool special(const StageScalars<T>& s) {
+  return s.l2 != T(0) || s.l1 != T(0) || s.soft_threshold != T(0) || s.prune_below > T(0) || s.keep_moments != T(0);
+}
+
 // Stages 5 to 7, before the rule: decay.
 template <class T>
 FUSEOPT_INLINE void decay_element(T& p, T& g, const StageScalars<T>& s) {
   g = s.l2 != T(0) ? fma(s.l2, p, g) : g;  // 0 * inf would be NaN
-  g = (p == T(0)) | (s.l1 == T(0)) ? g : g + copysign(s.l1, p);  // -0 + 0 would be +0
+  const T sloped = select(s.l1 != T(0), p, T(0));
+  g = sloped == T(0) ? g : g + copysign(s.l1, p);  // -0 + 0 would be +0
   p = p * s.decay;
 }
 
@@ -79,7 +87,7 @@ FUSEOPT_INLINE bool falls_below(typename S::raw p, const StageScalars<typename S
 
 // Stages 1 to 10 on one element of storage type S: p and slot are as they lie in memory. Returns whether the element is
 // pruned. (cuda/step.cu has these lines once more, on several elements at a time.)
-template <class Rule, class S, bool masked, int n>
+template <class Rule, class S, bool masked, bool any_special, int n>
 FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n], bool keep,
                                  bool frozen, bool pruned, const StageScalars<typename S::compute>& s,
                                  const typename Rule::template Scalars<typename S::compute>& r) {
@@ -88,13 +96,14 @@ FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename
   T moment[n];
   for (int k = 0; k < Rule::slots; ++k) moment[k] = S::load(slot[k]);
 
-  decay_element(weight, grad, s);
+  if constexpr (any_special) decay_element(weight, grad, s);
+  else weight = weight * s.decay;
   Rule::update(weight, grad, moment, r);
-  const typename S::raw stored = S::store(shrink_element(weight, s));
+  const typename S::raw stored = S::store(any_special ? shrink_element(weight, s) : weight);
 
   frozen = masked & frozen;
-  const bool prune = masked & (!frozen) & (pruned | falls_below<S>(stored, s));
-  const bool clear = prune & (s.keep_moments == T(0));
+  const bool prune = masked & (!frozen) & (pruned | (any_special && falls_below<S>(stored, s)));
+  const bool clear = prune & (!any_special || s.keep_moments == T(0));
   p = settle(frozen, p, prune, stored);
   for (int k = 0; k < Rule::slots; ++k) slot[k] = settle(frozen, slot[k], clear, S::store(moment[k]));
   return prune | (masked & pruned);  // what was pruned before it was frozen stays pruned

@@ -5,12 +5,18 @@
 namespace fuseopt {
 namespace FUSEOPT_ISA {
 
-// A table, not a shift: GCC turns `word >> bit & 1` as a condition into a form that it cannot vectorise.
-static const uint32_t bit_table[32] = {
-    1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,  1u << 8,  1u << 9,  1u << 10,
-    1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15, 1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21,
-    1u << 22, 1u << 23, 1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31};
-FUSEOPT_INLINE bool has(uint32_t word, int bit) { return (word & bit_table[bit]) != 0; }
+// Tables, not shifts: GCC turns `word >> bit & 1` as a condition into a form that it cannot vectorise. The second is
+// for elements taken two by two: even bits, then odd ones.
+static const uint32_t bit_table[1][32] = {
+    {1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,  1u << 8,  1u << 9,  1u << 10,
+     1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15, 1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21,
+     1u << 22, 1u << 23, 1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31}};
+static const uint32_t pair_table[2][16] = {
+    {1u << 0, 1u << 2, 1u << 4, 1u << 6, 1u << 8, 1u << 10, 1u << 12, 1u << 14, 1u << 16, 1u << 18, 1u << 20, 1u << 22,
+     1u << 24, 1u << 26, 1u << 28, 1u << 30},
+    {1u << 1, 1u << 3, 1u << 5, 1u << 7, 1u << 9, 1u << 11, 1u << 13, 1u << 15, 1u << 17, 1u << 19, 1u << 21, 1u << 23,
+     1u << 25, 1u << 27, 1u << 29, 1u << 31}};
+FUSEOPT_INLINE bool has(uint32_t word, int bit) { return (word & bit_table[0][bit]) != 0; }
 
 constexpr int64_t kAhead = 2048;  // bytes
 
@@ -18,83 +24,188 @@ FUSEOPT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
   for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(static_cast<const char*>(at) + kAhead + k);
 }
 
+// What one turn of the update loop takes: an element, or a word with two elements of 16 bits. These are then worked on
+// in 32 bits from load to store; loops that mix widths spend more on shuffles than on the update.
+template <class S>
+struct Unit {
+  static constexpr int elements = 1;
+  using word = typename S::raw;
+  using Element = S;
+  static FUSEOPT_INLINE word get(word w, int) { return w; }
+  static FUSEOPT_INLINE word put(const word (&x)[1]) { return x[0]; }
+  static FUSEOPT_INLINE uint32_t bit(int j, int unit) { return bit_table[j][unit]; }
+};
+struct Pair {
+  static constexpr int elements = 2;
+  typedef uint32_t word __attribute__((aligned(2), may_alias));
+  static FUSEOPT_INLINE uint32_t bit(int j, int unit) { return pair_table[j][unit]; }
+};
+template <>
+struct Unit<BF16> : Pair {
+  struct Element {  // in the upper half of 32 bits
+    using raw = uint32_t;
+    using compute = float;
+    static FUSEOPT_INLINE float load(raw x) { return bit_cast<float>(x); }
+    static FUSEOPT_INLINE raw store(float x) { return rounded_to_bf16(x); }
+  };
+  static FUSEOPT_INLINE uint32_t get(uint32_t w, int k) { return k ? w & 0xffff0000u : w << 16; }
+  static FUSEOPT_INLINE uint32_t put(const uint32_t (&x)[2]) { return x[0] >> 16 | x[1]; }
+};
+template <>
+struct Unit<F16> : Pair {
+  struct Element {  // in the lower half
+    using raw = uint32_t;
+    using compute = float;
+    static FUSEOPT_INLINE float load(raw x) { return half_to_float(uint16_t(x)); }
+    static FUSEOPT_INLINE raw store(float x) { return float_to_half(x); }
+  };
+  static FUSEOPT_INLINE uint32_t get(uint32_t w, int k) { return k ? w >> 16 : w & 0xffffu; }
+  static FUSEOPT_INLINE uint32_t put(const uint32_t (&x)[2]) { return x[0] | x[1] << 16; }
+};
+
+constexpr int64_t kChunk = 128;  // elements
+
+// The masks of a chunk with a whole number for each bit, as wide as the elements are worked on; 0 or not.
+template <class S>
+struct Lanes {
+  using U = Unit<S>;
+  using lane = typename Bits<sizeof(typename U::Element::raw)>::type;
+  alignas(64) lane keep[U::elements][kChunk / U::elements], pruned[U::elements][kChunk / U::elements];
+
+  // Whether anything is kept.
+  FUSEOPT_INLINE bool spread(const uint32_t* kept, const uint32_t* gone, int64_t words) {
+    constexpr int units = 32 / U::elements;
+    uint32_t any = 0;
+    for (int64_t w = 0; w < words; ++w) {
+      uint32_t keep_word = kept[w], pruned_word = gone[w];
+      asm("" : "+r"(keep_word), "+r"(pruned_word));  // else GCC takes four words at once, with a hundred shuffles
+      any |= keep_word;
+      for (int j = 0; j < U::elements; ++j) {
+        for (int i = 0; i < units; ++i) keep[j][w * units + i] = keep_word & U::bit(j, i);
+        for (int i = 0; i < units; ++i) pruned[j][w * units + i] = pruned_word & U::bit(j, i);
+      }
+    }
+    return any != 0;
+  }
+};
+
 template <class Rule, class S, bool averaged>
 struct Streams {  // typed pointers and rounded scalars of a span
-  using raw = typename S::raw;
+  using U = Unit<S>;
+  using word = typename U::word;
+  using Element = typename U::Element;
+  using raw = typename Element::raw;
   using T = typename S::compute;  // the average that is taken along is kept in this type
-  raw* __restrict__ p;
-  const raw* __restrict__ g;
-  raw* slot[Rule::slots > 0 ? Rule::slots : 1];
+  static constexpr int slots = Rule::slots > 0 ? Rule::slots : 1;
+  word* __restrict__ p;
+  const word* __restrict__ g;
+  word* slot[slots];
   T* ema;
   T ema_weight;
   StageScalars<T> stage;
   typename Rule::template Scalars<T> rule;
 
   explicit FUSEOPT_INLINE Streams(const Span& a)
-      : p(static_cast<raw*>(a.p)), g(static_cast<const raw*>(a.g)), ema(static_cast<T*>(a.ema)),
+      : p(static_cast<word*>(a.p)), g(static_cast<const word*>(a.g)), ema(static_cast<T*>(a.ema)),
         ema_weight(T(a.ema_weight)), stage(rounded<StageScalars, T>(&a.stage->inv_grad_scale)),
         rule(rounded<Rule::template Scalars, T>(a.scalars)) {
-    for (int k = 0; k < Rule::slots; ++k) slot[k] = static_cast<raw*>(a.slot[k]);
+    for (int k = 0; k < Rule::slots; ++k) slot[k] = static_cast<word*>(a.slot[k]);
   }
 
-  template <bool masked>
-  FUSEOPT_INLINE void step(int64_t i, bool keep, bool frozen, bool pruned) const {
-    raw weight = p[i], moment[Rule::slots > 0 ? Rule::slots : 1];
-    for (int k = 0; k < Rule::slots; ++k) moment[k] = slot[k][i];
-    pruned = step_element<Rule, S, masked>(weight, g[i], moment, keep, frozen, pruned, stage, rule);
-    p[i] = weight;
-    for (int k = 0; k < Rule::slots; ++k) slot[k][i] = moment[k];
-    if constexpr (averaged)
-      ema[i] = ema_element<typename Wide<S>::type>(ema[i], S::load(weight), ema_weight, pruned, masked & frozen);
+  // Unit i; masked: `lanes` of its chunk, in which it is number `lane`.
+  template <bool masked, bool any_special>
+  FUSEOPT_INLINE void step(int64_t i, const Lanes<S>* lanes = nullptr, int64_t lane = 0, bool freeze = false) const {
+    const word weights = p[i], grads = g[i];
+    word moments[slots];
+    raw weight[U::elements], moment[slots][U::elements];
+    for (int k = 0; k < Rule::slots; ++k) moments[k] = slot[k][i];
+#pragma GCC unroll 2
+    for (int j = 0; j < U::elements; ++j) {
+      raw own[slots];
+      weight[j] = U::get(weights, j);
+      for (int k = 0; k < Rule::slots; ++k) own[k] = U::get(moments[k], j);
+      const bool keep = !masked || lanes->keep[j][lane] != 0, frozen = masked & freeze & !keep;
+      const bool pruned = step_element<Rule, Element, masked, any_special>(
+          weight[j], U::get(grads, j), own, keep, frozen, masked && lanes->pruned[j][lane] != 0, stage, rule);
+      for (int k = 0; k < Rule::slots; ++k) moment[k][j] = own[k];
+      if constexpr (averaged) {
+        T& e = ema[U::elements * i + j];
+        e = ema_element<typename Wide<S>::type>(e, Element::load(weight[j]), ema_weight, pruned, frozen);
+      }
+    }
+    p[i] = U::put(weight);
+    for (int k = 0; k < Rule::slots; ++k) slot[k][i] = U::put(moment[k]);
   }
 
   // GCC turns a select on a mask into a masked load, and those do not start the hardware prefetcher: from
   // memory, loops over masks then run at less than half the speed. So they prefetch.
-  FUSEOPT_INLINE void prefetch(int64_t i) const {
-    constexpr int64_t bytes = 32 * sizeof(raw);
+  FUSEOPT_INLINE void prefetch(int64_t i, int64_t units) const {
+    const int64_t bytes = units * int64_t(sizeof(word));
     prefetch_bytes(p + i, bytes), prefetch_bytes(g + i, bytes);
     for (int k = 0; k < Rule::slots; ++k) prefetch_bytes(slot[k] + i, bytes);
-    if constexpr (averaged) prefetch_bytes(ema + i, 32 * sizeof(T));
+    if constexpr (averaged) prefetch_bytes(ema + U::elements * i, units * U::elements * int64_t(sizeof(T)));
   }
 };
+
+// Runs `loop` on the last element, where two make a unit and it has none beside it: on a copy that has.
+template <class Rule, class S>
+FUSEOPT_INLINE void update_half_unit(const Span& a, void (*loop)(const Span&)) {
+  constexpr int64_t size = sizeof(typename S::raw);
+  const int64_t last = a.n - 1;
+  const auto at = [&](const void* stream) { return static_cast<const char*>(stream) + last * size; };
+  uint32_t p = 0, g = 0, slot[kMaxSlots] = {}, keep = 0, pruned = 0;
+  typename S::compute ema[2] = {};
+  Span one = a;
+  one.n = 2, one.p = &p, one.g = &g, one.keep = &keep, one.pruned = &pruned, one.ema = ema;
+  std::memcpy(&p, at(a.p), size), std::memcpy(&g, at(a.g), size);
+  for (int k = 0; k < Rule::slots; ++k) std::memcpy(&slot[k], at(a.slot[k]), size), one.slot[k] = &slot[k];
+  if (a.keep) keep = (a.keep[last / 32] >> (last % 32) & 1u) | 2u;  // a unit that is all frozen would be left out
+  if (a.pruned) pruned = a.pruned[last / 32] >> (last % 32);
+  auto* average = static_cast<typename S::compute*>(a.ema);
+  if (average) ema[0] = average[last];
+  loop(one);
+  std::memcpy(const_cast<char*>(at(a.p)), &p, size);
+  for (int k = 0; k < Rule::slots; ++k) std::memcpy(const_cast<char*>(at(a.slot[k])), &slot[k], size);
+  if (average) average[last] = ema[0];
+}
+
+template <bool any_special, class Rule, class S, bool averaged>
+FUSEOPT_INLINE void update_units(const Streams<Rule, S, averaged>& s, int64_t units) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < units; ++i) s.template step<false, any_special>(i);
+}
 
 template <class Rule, class S, bool averaged>
 void update(const Span& a) {
   const Streams<Rule, S, averaged> s(a);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < a.n; ++i) s.template step<false>(i, true, false, false);
+  const int64_t units = a.n / Unit<S>::elements;
+  if (special(s.stage)) update_units<true>(s, units);
+  else update_units<false>(s, units);
+  if (a.n % Unit<S>::elements) update_half_unit<Rule, S>(a, update<Rule, S, averaged>);
 }
 
-template <class Rule, class S, bool averaged>
-FUSEOPT_INLINE void update_word(const Streams<Rule, S, averaged>& s, int64_t begin, int count, uint32_t keep,
-                                uint32_t pruned, bool freeze) {
-  const uint32_t frozen = freeze ? ~keep : 0;  // a word of bits: GCC spells a bool out into a mask, bit by bit
+template <bool any_special, class Rule, class S, bool averaged>
+FUSEOPT_INLINE void update_chunk(const Streams<Rule, S, averaged>& s, int64_t first, int64_t units, const Lanes<S>& lanes,
+                                 bool freeze) {
 #pragma GCC ivdep
-  for (int j = 0; j < count; ++j) s.template step<true>(begin + j, has(keep, j), has(frozen, j), has(pruned, j));
+  for (int64_t i = 0; i < units; ++i) s.template step<true, any_special>(first + i, &lanes, i, freeze);
 }
 
-template <class Rule, class S, bool averaged>
-FUSEOPT_INLINE void update_even_word(const Streams<Rule, S, averaged>& s, int64_t begin, bool keep) {
-#pragma GCC ivdep
-  for (int j = 0; j < 32; ++j) s.template step<false>(begin + j, keep, false, false);
-}
-
-// Rows that are kept, or lose their gradient, as a whole take the loop without masks; frozen ones none.
 template <class Rule, class S, bool averaged>
 void update_masked(const Span& a) {
+  using U = Unit<S>;
   const Streams<Rule, S, averaged> s(a);
-  const int64_t words = a.n / 32;
-  const int64_t ahead = kAhead / int64_t(32 * sizeof *s.p);
-  const bool threshold = a.stage->prune_below > 0;
-  for (int64_t w = 0; w < words; ++w) {
-    if (w + ahead >= words || !a.freeze || a.keep[w + ahead]) s.prefetch(32 * w);
-    if (a.freeze && a.keep[w] == 0) continue;
-    const bool even = a.pruned[w] == 0 && !threshold;
-    if (even && a.keep[w] == ~0u) update_even_word(s, 32 * w, true);
-    else if (even && a.keep[w] == 0) update_even_word(s, 32 * w, false);
-    else update_word(s, 32 * w, 32, a.keep[w], a.pruned[w], a.freeze);
+  const bool any_special = special(s.stage);
+  Lanes<S> lanes;
+  for (int64_t begin = 0; begin < a.n; begin += kChunk) {
+    const int64_t n = a.n - begin < kChunk ? a.n - begin : kChunk, units = n / U::elements;
+    const bool any = lanes.spread(a.keep + begin / 32, a.pruned + begin / 32, (n + 31) / 32);
+    if (a.freeze && !any) continue;
+    s.prefetch(begin / U::elements, units);
+    if (any_special) update_chunk<true>(s, begin / U::elements, units, lanes, a.freeze);
+    else update_chunk<false>(s, begin / U::elements, units, lanes, a.freeze);
   }
-  if (a.n % 32) update_word(s, 32 * words, int(a.n % 32), a.keep[words], a.pruned[words], a.freeze);
+  if (a.n % U::elements) update_half_unit<Rule, S>(a, update_masked<Rule, S, averaged>);
 }
 
 template <class S>
