@@ -3,6 +3,7 @@
 import math
 from operator import itemgetter
 from types import ModuleType, NoneType
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from .stages import statistics
 increment_version = torch._C._increment_version  # torch.autograd.graph's without its Python, for at_once
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     """The compiled module, or None and why it is missing. torch comes first: they share its OpenMP pool."""
     try:
         from . import _C

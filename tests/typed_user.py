@@ -9,6 +9,7 @@ from typing_extensions import assert_type
 
 import fuseopt
 from fuseopt.integrations import averaging
+from fuseopt.stages.statistics import Statistics
 
 model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 
@@ -81,9 +82,13 @@ def averages(opt: fuseopt.AdamW) -> None:
 
 
 def reports(opt: fuseopt.AdamW) -> bool:
-    assert_type(opt.statistics(), Mapping[str, float])
+    sums: Mapping[str, float] = assert_type(opt.statistics(), Statistics)
+    assert_type(sums["grad_norm"], float)
     plan = opt.explain()
     print(plan, assert_type(plan.backend, str), assert_type(plan.bytes_per_step, int))
+    assert_type(plan.memory_bytes, int)
+    assert_type(plan.least_seconds, float | None)
+    assert_type(plan.last_seconds, float | None)
     zeros = fuseopt.sparsity(model)
     assert_type(zeros["0.weight"].share, float)
     assert_type(fuseopt.check_n_m(opt, "2:4").passed, bool)

@@ -2,6 +2,7 @@
 
 from html import escape
 from textwrap import fill
+from typing import Any
 
 from .. import backends
 from . import bandwidth, fallbacks, traffic
@@ -24,20 +25,20 @@ class Explanation:
     last_seconds: how long the last step took since opt.time_steps(); None where there is none.
     """
 
-    def __init__(self, opt):
+    def __init__(self, opt: Any):
         every = traffic.every(opt)
         members = traffic.trained(every)
         self.optimizer = type(opt).__name__
         self.backend, self.why = backends.choose(opt), backends.why(opt)
         self.device = backends.device_of(opt)
         self.rows = traffic.rows(opt, members)
-        self.bytes_per_step = sum(row["bytes"] for row in self.rows)
-        self.memory_bytes = sum(row["memory"] for row in self.rows)
+        self.bytes_per_step: int = sum(row["bytes"] for row in self.rows)
+        self.memory_bytes: int = sum(row["memory"] for row in self.rows)
         in_turn = fallbacks.in_turn(self.backend, members)
         self.launches = launches(opt, self.backend, members, in_turn)
         self.notes = fallbacks.notes(opt, self.backend, every, members)
         self.timed = opt._stopwatch is not None
-        self.last_seconds = opt._stopwatch.seconds() if self.timed else None
+        self.last_seconds: float | None = opt._stopwatch.seconds() if self.timed else None
 
     @property
     def bandwidth(self) -> float | None:
@@ -81,7 +82,7 @@ class Explanation:
 
     def _times(self) -> list[str]:
         least, moved = self.least_seconds, f"A step reads and writes {size(self.bytes_per_step)}"
-        if least is not None:
+        if least and self.bandwidth:
             moved += f", which takes at least {duration(least)} at {size(self.bandwidth)}/s"
         return [f"{moved}{self._of_cache()}.", self._of_last(least)]
 
@@ -103,9 +104,9 @@ class Explanation:
         return f"The last step took {duration(self.last_seconds)}{ratio}."
 
 
-def _launch_table(rows: list[dict], width: int) -> Table:
-    head = ("pass", "launches", "rule", "dtype", "group", "tensors", "elements")
-    cells = [
+def _launch_table(rows: list[dict[str, Any]], width: int) -> Table:
+    head: tuple[str, ...] = ("pass", "launches", "rule", "dtype", "group", "tensors", "elements")
+    cells: list[tuple[str, ...]] = [
         (
             row["what"],
             row["when"] if row["launches"] is None else f"{row['launches']} a step",
@@ -128,13 +129,13 @@ def _launch_table(rows: list[dict], width: int) -> Table:
 LEAST_ROOM = 16  # for names
 
 
-def _bytes_table(rows: list[dict], each: bool) -> Table:
+def _bytes_table(rows: list[dict[str, Any]], each: bool) -> Table:
     """each: a column for each average, not one for all."""
     averages = sorted({key for row in rows for key in row if key.startswith("ema_")}) if each else ["ema"]
     streams = ["param", "grad", "moments", *averages, "masks", "norm"]
     streams = [name for name in streams if any(row.get(name) for row in rows)]
 
-    def line(group: str, dtype: str, some: list[dict]) -> tuple[str, ...]:
+    def line(group: str, dtype: str, some: list[dict[str, Any]]) -> tuple[str, ...]:
         n = sum(row["elements"] for row in some)
         counts = [sum(row.get(name, 0) for row in some) for name in (*streams, "bytes")]
         per_element = [number(count / n) if n else "-" for count in counts]

@@ -1,5 +1,7 @@
 """What does not go the direct way, and why, as far as options and tensors tell."""
 
+from typing import Any
+
 import torch
 
 from .. import cpu, cuda
@@ -28,7 +30,7 @@ def in_turn(backend: str, members: list[Member]) -> bool:
     return backend != "torch" and overlap(members) and (backend != "cpu" or bool(with_gaps(members)))
 
 
-def notes(opt, backend: str, every: list[Member], members: list[Member]) -> list[str]:
+def notes(opt: Any, backend: str, every: list[Member], members: list[Member]) -> list[str]:
     """A sentence or two for each. members: those that are stepped, of `every`."""
     found = [*_left_out(opt, backend, every, members), *_spread(opt, members)]
     if members and members[0].p.device.type != "meta":
@@ -54,7 +56,7 @@ def _say(some: list[Member], text: str) -> list[str]:
     return [f"{subject} {text}: {shortened([m.name for m in some], WIDTH)}."]
 
 
-def _left_out(opt, backend: str, every: list[Member], members: list[Member]) -> list[str]:
+def _left_out(opt: Any, backend: str, every: list[Member], members: list[Member]) -> list[str]:
     stepped = {id(m.p) for m in members}
     rest = [m for m in every if id(m.p) not in stepped]
     found = _say([m for m in rest if m.p.requires_grad], "without a gradient now, left out of a step")
@@ -67,7 +69,7 @@ def _left_out(opt, backend: str, every: list[Member], members: list[Member]) -> 
     return found
 
 
-def _spread(opt, members: list[Member]) -> list[str]:
+def _spread(opt: Any, members: list[Member]) -> list[str]:
     shared = [m for m in members if is_dtensor(m.p)]
     if not shared and not opt.defaults["sharded"]:
         return []
@@ -79,7 +81,7 @@ def _spread(opt, members: list[Member]) -> list[str]:
     return [what + ".", *_say(moved, "with a gradient placed on the processes in another way, which is redistributed")]
 
 
-def _by_memory(opt, backend: str, members: list[Member]) -> list[str]:
+def _by_memory(opt: Any, backend: str, members: list[Member]) -> list[str]:
     gaps = with_gaps(members) if backend != "torch" else []
     found = _say(gaps, "with gaps in memory, stepped through a dense copy at each step")
     other = [m for m in members if backend != "torch" and _has_other_gradient(m)]

@@ -1,12 +1,13 @@
 """What a step launches, in order, and on which parameters."""
 
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 from ..stages import prune
 from .traffic import Member, clips
 
 
-def launches(opt, backend: str, members: list[Member], one_by_one: bool) -> list[dict]:
+def launches(opt: Any, backend: str, members: list[Member], one_by_one: bool) -> list[dict[str, Any]]:
     """A row for each kind of launch of a steady step, then one for each thing that only some steps do.
 
     one_by_one: some parameters share memory, and so each is launched alone.
@@ -15,7 +16,7 @@ def launches(opt, backend: str, members: list[Member], one_by_one: bool) -> list
     return [*by_backend[backend](opt, members, one_by_one), *_recomputed(opt, members), *_selected(opt, members)]
 
 
-def _row(what: str, count: int | None, members: Iterable[Member], when: str = "every step") -> dict:
+def _row(what: str, count: int | None, members: Iterable[Member], when: str = "every step") -> dict[str, Any]:
     members = list(members)
     return {
         "what": what,
@@ -30,12 +31,12 @@ def _row(what: str, count: int | None, members: Iterable[Member], when: str = "e
     }
 
 
-def _visited(opt, members: list[Member]) -> list[Member]:
+def _visited(opt: Any, members: list[Member]) -> list[Member]:
     """Those that a pass with the tensors on the host, or their masks looked up there, does not leave out."""
     return [m for m in members if m.elements and (opt.defaults["statistics"] or not m.all_frozen)]
 
 
-def _on_cpu(opt, members: list[Member], one_by_one: bool) -> list[dict]:
+def _on_cpu(opt: Any, members: list[Member], one_by_one: bool) -> list[dict[str, Any]]:
     """One loop over everything; it chooses rule and type for each block."""
     visited = _visited(opt, members)
     free = [m for m in visited if not m.all_frozen]
@@ -43,7 +44,7 @@ def _on_cpu(opt, members: list[Member], one_by_one: bool) -> list[dict]:
     return norm + [_row("update", len(visited) if one_by_one else 1, visited)] * bool(visited)
 
 
-def _by_torch(opt, members: list[Member], one_by_one: bool) -> list[dict]:
+def _by_torch(opt: Any, members: list[Member], one_by_one: bool) -> list[dict[str, Any]]:
     norm = [_row("norm", len(members), members)] * (clips(opt) and bool(members))
     return norm + [_row("update", len(members), members)] * bool(members)
 
@@ -53,7 +54,7 @@ ROW_WORDS, HEAD_WORDS, MASK_WORDS = 4000, 5, 4
 PREPARED_ROWS, PREPARED_GROUPS = 680, 16
 
 
-def _on_cuda(opt, members: list[Member], one_by_one: bool) -> list[dict]:
+def _on_cuda(opt: Any, members: list[Member], one_by_one: bool) -> list[dict[str, Any]]:
     """A launch for each rule and dtype, more where there are many tensors; before it the norm, and the scalars."""
     full = [m for m in members if m.elements]
     of_dtype = _parted(full, lambda m: m.dtype)
@@ -84,7 +85,7 @@ def _prepared(members: list[Member]) -> int:
     return count
 
 
-def _on_triton(opt, members: list[Member], one_by_one: bool) -> list[dict]:
+def _on_triton(opt: Any, members: list[Member], one_by_one: bool) -> list[dict[str, Any]]:
     """A launch for each kernel that is compiled: of a rule, a dtype, some averages, with masks or without."""
     visited = _visited(opt, members)
     some = [[m] for m in visited] if one_by_one else _parted(visited, _triton_kernel)
@@ -92,19 +93,19 @@ def _on_triton(opt, members: list[Member], one_by_one: bool) -> list[dict]:
     return norm + [_row("clip", 1, members)] * bool(norm) + [_row("update", 1, one) for one in some]
 
 
-def _triton_kernel(m: Member) -> tuple:
+def _triton_kernel(m: Member) -> Hashable:
     narrow = tuple(options["dtype"] == "parameter" for options in m.options["ema"])
     return m.rule, m.dtype, narrow, m.masked
 
 
 def _parted(members: list[Member], key: Callable[[Member], Hashable]) -> list[list[Member]]:
-    parts: dict = {}
+    parts: dict[Hashable, list[Member]] = {}
     for m in members:
         parts.setdefault(key(m), []).append(m)
     return list(parts.values())
 
 
-def _recomputed(opt, members: list[Member]) -> list[dict]:
+def _recomputed(opt: Any, members: list[Member]) -> list[dict[str, Any]]:
     """Masks that fn recomputes, by torch operations."""
     found = []
     for one in opt._dynamic:
@@ -114,7 +115,7 @@ def _recomputed(opt, members: list[Member]) -> list[dict]:
     return found
 
 
-def _selected(opt, members: list[Member]) -> list[dict]:
+def _selected(opt: Any, members: list[Member]) -> list[dict[str, Any]]:
     """Pruning that is not over: the parameters whose weights some steps rank and zero."""
     found, t = [], opt._steps() + 1
     prunes = [m for m in members if m.options["prune"] is not None and m.options["prune"]["threshold"] is None]

@@ -1,6 +1,7 @@
 """How long the last step took: the host's clock on the CPU, events on a GPU, which no step waits for."""
 
 import time
+from typing import Any
 
 import torch
 
@@ -13,9 +14,10 @@ class Stopwatch:
     leaves the time of the one before.
     """
 
-    def __init__(self, opt, device: torch.device):
+    def __init__(self, opt: Any, device: torch.device):
         self.device = device
-        self.spare, self.last = self._pair(), None  # of (begin, end): seconds, or events on a GPU
+        self.spare = self._pair()  # (begin, end): seconds, or events on a GPU
+        self.last: list[Any] | None = None  # the same, of the last step
         self.started = False
         self.hooks = opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after)
 
@@ -33,7 +35,7 @@ class Stopwatch:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    def _pair(self) -> list:
+    def _pair(self) -> list[Any]:
         if self.device.type == "cpu":
             return [0.0, 0.0]
         module = getattr(torch, self.device.type)
@@ -50,7 +52,7 @@ class Stopwatch:
         if self.started:
             self._mark(0)
 
-    def _before(self, opt, args: tuple, kwargs: dict) -> tuple | None:
+    def _before(self, opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Of step(self, closure=None): begins now, or when the closure has run."""
         self.started = False
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -58,14 +60,14 @@ class Stopwatch:
             self._begin()
             return None
 
-        def timed():
+        def timed() -> Any:
             loss = closure()
             self._begin()
             return loss
 
         return (args[0], timed, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
 
-    def _after(self, opt, args: tuple, kwargs: dict) -> None:
+    def _after(self, opt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.started:
             self._mark(1)
             self.last, self.spare = self.spare, self.last or self._pair()

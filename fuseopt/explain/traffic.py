@@ -1,6 +1,7 @@
 """What a steady step works on, and the bytes that it reads and writes, from the options and the state alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,11 +16,11 @@ class Member:
 
     group: int
     index: int  # in the group
-    options: dict  # the group
+    options: dict[str, Any]  # the group
     rule: str
     p: Tensor
     here: Tensor  # the part of p on this process
-    state: dict
+    state: dict[str, Any]
     given: str | None  # its name
 
     @property
@@ -43,7 +44,7 @@ class Member:
         return mask.all_frozen(self.state)
 
 
-def every(opt) -> list[Member]:
+def every(opt: Any) -> list[Member]:
     """All parameters of an optimizer."""
     return [
         Member(k, i, group, opt.kernel(group), p, local(p), opt.state.get(p, {}), name)
@@ -59,19 +60,17 @@ def trained(members: list[Member]) -> list[Member]:
     return [m for m in members if m.p.grad is not None] or [m for m in members if m.p.requires_grad]
 
 
-def clips(opt) -> bool:
+def clips(opt: Any) -> bool:
     return any(group["max_grad_norm"] for group in opt.param_groups)
 
 
-def rows(opt, members: list[Member]) -> list[dict]:
+def rows(opt: Any, members: list[Member]) -> list[dict[str, Any]]:
     """A row for each group and dtype, with the bytes of each stream; `memory` is what of it lies in memory."""
-    found: dict = {}
+    found: dict[tuple[int, str], dict[str, Any]] = {}
     for m in members:
         moved = _moved(opt, m)
-        row = found.setdefault((m.group, m.dtype), None)
-        if row is None:
-            first = {"group": m.group, "rule": m.rule, "dtype": m.dtype, "tensors": 0, "elements": 0, "names": []}
-            row = found[m.group, m.dtype] = first | dict.fromkeys(moved, 0)
+        first = {"group": m.group, "rule": m.rule, "dtype": m.dtype, "tensors": 0, "elements": 0, "names": []}
+        row = found.setdefault((m.group, m.dtype), first | dict.fromkeys(moved, 0))
         row["tensors"] += 1
         row["elements"] += m.elements
         row["names"] += [m.given] if m.given else []
@@ -85,7 +84,7 @@ def rows(opt, members: list[Member]) -> list[dict]:
 STREAMS = ("param", "grad", "moments", "ema", "masks", "norm")
 
 
-def _moved(opt, m: Member) -> dict[str, int]:
+def _moved(opt: Any, m: Member) -> dict[str, int]:
     """Bytes that a step reads and writes for a parameter, by stream."""
     n, size = m.elements, m.p.element_size()
     averages = dict.fromkeys(ema.names(m.options), 0)
@@ -111,7 +110,7 @@ def _moved(opt, m: Member) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _share(options: dict, m: Member) -> float:
+def _share(options: dict[str, Any], m: Member) -> float:
     """The share of the steps that work on an average; those of a threshold all do."""
     prunes = (m.options["prune"] or {}).get("threshold") is not None and prune.prunable(m.p)
     return 1 if prunes else 1 / options["every"]

@@ -8,6 +8,7 @@ which pruning selects, they are of the pass before the selection.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,11 +49,12 @@ class Statistics(Mapping[str, float]):
     """
 
     def __init__(self, fetch: Callable[[], Mapping[str, float]]):
-        self._fetch, self._values = fetch, None
+        self._fetch: Callable[[], Mapping[str, float]] | None = fetch
+        self._values: dict[str, float] = {}
 
     def read(self) -> "Statistics":
         """Fetch the values now."""
-        if self._values is None:
+        if self._fetch is not None:
             self._values, self._fetch = dict(self._fetch()), None  # lets go of memory on the GPU
         return self
 
@@ -70,7 +72,7 @@ class Statistics(Mapping[str, float]):
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def __reduce__(self):  # a plain dict to pickle and to checkpoints
+    def __reduce__(self) -> tuple[Any, ...]:  # a plain dict to pickle and to checkpoints
         return dict, (dict(self),)
 
 
