@@ -15,7 +15,11 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"python -m bench: there is no {name}; choose from: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(name).main(words)
+    try:
+        return importlib.import_module(name).main(words)
+    except KeyboardInterrupt:  # results are written last, and whole
+        print("\ninterrupted: no result was written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

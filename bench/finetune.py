@@ -102,12 +102,14 @@ def markdown(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = argparse.ArgumentParser("python -m bench finetune", description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument(
         "--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"{' '.join(TASKS)} (default: those that can be)"
     )
-    p.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=", ".join(RUNS))
-    p.add_argument("--seeds", type=int, default=3, help="runs of each, with the seeds 0, 1, ... (default: 3)")
+    p.add_argument(
+        "--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=", ".join(RUNS).replace("%", "%%")
+    )
+    p.add_argument("--seeds", type=record.count, default=3, help="runs of each, with the seeds 0, 1, ... (default: 3)")
     p.add_argument("--encoder", metavar="FOLDER", help="a transformers encoder of text for the task encoder")
     p.add_argument(
         "--output_dir", type=Path, default=Path("runs/table"), help="where the runs go (default: runs/table)"
@@ -116,13 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     record.common(p)
     args = p.parse_args(argv)
     if args.markdown:
-        print(markdown(json.loads(args.markdown.read_text())))
+        print(markdown(record.read(args.markdown, "finetune")))
         return 0
     tasks = args.tasks or [task for task in TASKS if task != "encoder" or args.encoder]
     if "encoder" in tasks and not args.encoder:
         p.error("--tasks encoder needs --encoder FOLDER")
-    if args.seeds < 1:
-        p.error(f"--seeds {args.seeds}: give at least 1")
     result = record.begin(p, args, "finetune") | {"tasks": {task: TASKS[task] for task in tasks}}
     made = {(task, run): [] for task in tasks for run in args.runs if task in RUNS[run]}
     for seed in range(args.seeds):  # the outer loop: what else the machine does falls on all runs alike

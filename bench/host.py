@@ -210,7 +210,7 @@ def markdown(results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = argparse.ArgumentParser("python -m bench host", description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
     p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="N", help=" ".join(SHAPES))
     p.add_argument("--seconds", type=float, default=4.0, help="a way of a case (default: 4)")

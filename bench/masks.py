@@ -112,16 +112,14 @@ def markdown(results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--elements", type=float, default=2**24, help="weights, about (default: 16M)")
-    p.add_argument("--rounds", type=int, default=60, help="how often each variant runs (default: 60)")
+    p = argparse.ArgumentParser("python -m bench masks", description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--elements", type=record.count, default=2**24, help="weights, about (default: 16M)")
+    p.add_argument("--rounds", type=record.count, default=60, help="how often each variant runs (default: 60)")
     record.common(p)
     args = p.parse_args(argv)
-    if min(args.elements, args.rounds) < 1:
-        p.error("--elements and --rounds are at least 1")
     result = record.begin(p, args, "masks")
     print(report.machine(result) + "\n\ncolumns, mask, mode, a step, relative to no mask (quartiles)")
-    every = variants(int(args.elements))
+    every = variants(args.elements)
     for one in every:
         if wrong := one.problem():
             raise SystemExit(f"{one.name}, {one.mode}, {one.columns} columns was not timed: {wrong}")

@@ -55,6 +55,8 @@ def sorted_out(paths: list[Path]) -> dict[str, list[str]]:
     given: dict[str, list[str]] = {}
     for path in paths:
         kind = record.kind_of(record.read(path))
+        if kind not in {of for of, _ in KINDS.values()}:
+            raise SystemExit(f"{path} has {kind}, which no page shows as it stands")
         if not path.resolve().is_relative_to(ROOT):
             raise SystemExit(f"{path} lies outside the repository: move it to bench/results first")
         given.setdefault(kind, []).append(str(path.resolve().relative_to(ROOT)))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 
 import recipes
+import record
 import report
 import torch
 import torch.distributed as dist
@@ -133,11 +134,9 @@ def text(parameters: float, gpus: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     how = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("python -m bench paper", description=__doc__, formatter_class=how, allow_abbrev=False)
-    p.add_argument("--parameters", type=float, default=70e9, help="of the model (default: 7e10)")
-    p.add_argument("--gpus", type=int, default=64, help="that it is sharded over (default: 64)")
+    p.add_argument("--parameters", type=record.count, default=70 * 10**9, help="of the model (default: 7e10)")
+    p.add_argument("--gpus", type=record.count, default=64, help="that it is sharded over (default: 64)")
     args = p.parse_args(argv)
-    if args.parameters < 1 or args.gpus < 1:
-        p.error("--parameters and --gpus are at least 1")
     print(text(args.parameters, args.gpus))
     return 0
 

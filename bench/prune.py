@@ -195,17 +195,15 @@ def markdown(results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = argparse.ArgumentParser("python -m bench prune", description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=" ".join(CASES))
-    p.add_argument("--elements", type=float, default=1e8, help="weights, about (default: 1e8)")
-    p.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
+    p.add_argument("--elements", type=record.count, default=10**8, help="weights, about (default: 1e8)")
+    p.add_argument("--rounds", type=record.count, default=5, help="of each case (default: 5)")
     record.common(p)
     args = p.parse_args(argv)
-    if min(args.elements, args.rounds) < 1:
-        p.error("--elements and --rounds are at least 1")
     result = record.begin(p, args, "prune")
     print(report.machine(result) + "\n\ncase, weights, fuseopt, torch, ratio (quartiles), extra memory of each")
-    result["prune"] = [measure_case(name, int(args.elements), args.rounds) for name in args.cases]
+    result["prune"] = [measure_case(name, args.elements, args.rounds) for name in args.cases]
     record.finish(args, result, "prune")
     return 0
 

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ from fuseopt import cpu as compiled
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "results"
+HEAD = {"command", "date", "machine", "threads", "torch", "fuseopt", "instruction_set", "commit", "uncommitted_changes"}
 KINDS = ("cases", "host", "prune", "masks", "scaling", "finetune")  # what a file holds: "cases" is the main table
 
 
@@ -57,17 +59,33 @@ def circumstances(name: str, quick: bool = False) -> dict:
     }
 
 
+def count(text: str) -> int:
+    """A number from 1 on, such as 1000 or 1e6, as the type of an argument."""
+    try:
+        if 1 <= float(text) < math.inf:
+            return int(float(text))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: give a number, 1 or more")
+
+
 def common(p: argparse.ArgumentParser) -> None:
     """The arguments that all sub-commands share."""
-    p.add_argument("--threads", type=int, help="threads of torch and fuseopt (default: torch's choice)")
+    p.add_argument("--threads", type=count, help="threads of torch and fuseopt (default: torch's choice)")
     where = "where to write the result (default: bench/results/DATE-COMMIT.json)"
     p.add_argument("--json", type=Path, metavar="PATH", help=where)
 
 
 def begin(p: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> dict:
-    """Checks and sets the threads; the head of the sub-command's result."""
-    if args.threads is not None and args.threads < 1:
-        p.error(f"--threads {args.threads}: give at least 1")
+    """Sees, before anything is measured, that --json can be written; sets the threads. The head of the result."""
+    if args.json:
+        try:
+            if args.json.is_dir():
+                raise OSError("it is a folder, name a file in it")
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.json.parent).close()
+        except OSError as error:
+            p.error(f"--json {args.json} cannot be written: {error}")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -105,7 +123,7 @@ def read(path: Path, kind: str | None = None) -> dict:
     try:
         result = json.loads(path.read_text())
         found = kind_of(result)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"{path} is not a result of {what}: {error}") from None
     if kind not in (None, found):
         raise SystemExit(f"{path} is not a result of {what}, it has {found}")
@@ -114,7 +132,11 @@ def read(path: Path, kind: str | None = None) -> dict:
 
 def kind_of(result: dict) -> str:
     """Which of KINDS a result holds; ValueError if none."""
+    if not isinstance(result, dict):
+        raise ValueError("it holds no table")
     for key in KINDS:
-        if isinstance(result.get(key), list) and "date" in result:
+        if isinstance(result.get(key), list):
+            if missing := ", ".join(sorted(HEAD - result.keys())):
+                raise ValueError(f"it lacks {missing}")
             return key
     raise ValueError(f"it has none of {', '.join(KINDS)}")

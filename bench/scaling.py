@@ -23,8 +23,8 @@ from torch import Tensor
 
 import fuseopt
 
-SIZES = (1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9)
-THREADS_AT = (1e5, 1e7)
+SIZES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
+THREADS_AT = (10**5, 10**7)
 BYTES = 16  # a parameter: weight, gradient, two moments
 SPARE = 2**30  # bytes left free
 NAMES = ("fuseopt", "torch fused")
@@ -140,23 +140,21 @@ def counts() -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     how = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("python -m bench scaling", description=__doc__, formatter_class=how, allow_abbrev=False)
-    p.add_argument(
-        "--sizes", nargs="+", type=float, default=SIZES, metavar="N", help="parameters (default: 1e3 to 1e9)"
-    )
-    p.add_argument("--threads-at", nargs="*", type=float, default=THREADS_AT, metavar="N", help="sizes at which the "
-                   "threads vary (default: 1e5 1e7)")  # fmt: skip
+    for option, nargs, default, words in (
+        ("--sizes", "+", SIZES, "parameters (default: 1e3 to 1e9)"),
+        ("--threads-at", "*", THREADS_AT, "sizes at which the threads vary (default: 1e5 1e7)"),
+    ):
+        p.add_argument(option, nargs=nargs, type=record.count, default=default, metavar="N", help=words)
     p.add_argument("--seconds", type=float, default=3.0, help="a row, beside setting up (default: 3)")
     p.add_argument("--plot", type=Path, metavar="RESULT", help="draw a result beside it and exit")
     record.common(p)
     args = p.parse_args(argv)
     if args.plot:
         return draw(record.read(args.plot, "scaling"), args.plot)
-    if min([*args.sizes, *args.threads_at, 1]) < 1:
-        p.error("--sizes and --threads-at are at least 1")
     result = record.begin(p, args, "scaling") | {"scaling": []}
     print(report.machine(result) + "\n\ntorch fused / fuseopt (quartiles), fuseopt, torch fused")
-    todo = [(int(n), result["threads"]) for n in args.sizes]
-    todo += [(int(n), k) for n in args.threads_at for k in counts() if (int(n), k) not in todo]
+    todo = [(n, result["threads"]) for n in args.sizes]
+    todo += [(n, k) for n in args.threads_at for k in counts() if (n, k) not in todo]
     for n, threads in todo:
         result["scaling"].append(measure_size(n, threads, args.seconds))
         print(line(result["scaling"][-1]), flush=True)

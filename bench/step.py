@@ -42,14 +42,17 @@ QUICK_RUN = {name: "one" for name in CASES if "bf16" not in name} | {"adamw": "o
 QUICK_RUN |= {"adamw-bf16": "one", "sgd-bf16": "one", "ema-bf16": "one"}
 
 
-def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The (case, shape) pairs that the command line asks for."""
+def chosen(args: argparse.Namespace, old: dict | None = None) -> list[tuple[str, str]]:
+    """The (case, shape) pairs that the command line asks for; with an old result, those of them that it has."""
     wanted = (args.rules, args.dtypes, args.stages)
-    if not (args.all or any(wanted) or args.shapes):
+    if not (old or args.all or any(wanted) or args.shapes):
         return [
             (name, shape) for name, shapes in (QUICK_RUN if args.quick else DEFAULT).items() for shape in shapes.split()
         ]
     names = [n for n, parts in CASES.items() if all(w is None or x in w for x, w in zip(parts, wanted, strict=True))]
+    if old:
+        found = [(case["case"], case["shape"]) for case in old["cases"]]
+        return [(name, shape) for name, shape in found if name in names and shape in (args.shapes or SHAPES)]
     shapes = ["one", *TINY.split()] if args.quick else [shape for shape in SHAPES if shape != "fifty"]
     return [(name, shape) for name in names for shape in args.shapes or shapes]
 
@@ -123,7 +126,12 @@ def main(argv: list[str] | None = None) -> int:
     if len(old) == 2:
         print(compare.text(*old))
         return 0
-    cases = [(case["case"], case["shape"]) for case in old[0]["cases"]] if old else chosen(args)
+    if old:  # as it was measured
+        args.quick |= old[0]["quick"]
+        args.threads = args.threads or min(old[0]["threads"], os.cpu_count() or 1)
+    cases = chosen(args, *old)
+    if not cases:
+        p.error("no case has all that --rules, --dtypes, --stages and --shapes ask for, and OLD of --compare, if given")
     result = run(p, args, cases)
     if old:
         print("\n" + compare.text(old[0], result))

@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import re
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,11 +83,62 @@ def test_the_main_table(tmp_path, modules):
 
 
 def test_what_is_no_result_is_refused_in_one_line(tmp_path, modules):
-    for text in ('{"date": 1}', "[]", "no JSON"):
+    for text in ('{"date": 1}', "[]", "no JSON", '{"date": 1, "cases": [], "finetune": []}'):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(SystemExit, match="is not a result of python -m bench") as refused:
-            modules("step").main(["--compare", str(tmp_path / "other.json")])
-        assert "\n" not in str(refused.value)
+        for name, option in (("step", "--compare"), ("step", "--plot"), ("finetune", "--markdown")):
+            with pytest.raises(SystemExit, match="is not a result of python -m bench") as refused:
+                modules(name).main([option, str(tmp_path / "other.json")])
+            assert "\n" not in str(refused.value)
+
+
+COMMANDS = ("step", "host", "prune", "masks", "scaling", "finetune", "paper", "pages")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_the_command(name, modules, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        modules(name).main(["--help"])
+    assert f"usage: python -m bench {'[' if name == 'step' else name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("step --threads 0", "--threads: 0: give a number, 1 or more"),
+        ("masks --elements nan", "--elements: nan: give a number, 1 or more"),
+        ("scaling --sizes 1e3 0", "--sizes: 0: give a number, 1 or more"),
+        ("paper --parameters inf", "--parameters: inf: give a number, 1 or more"),
+        ("step --rules lion --stages full", "no case has all that --rules"),
+        ("step --json FOLDER", "FOLDER cannot be written: it is a folder"),
+        ("prune --json FOLDER/result.json/more.json", "more.json cannot be written: .*File exists"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(words, said, tmp_path, modules, capsys):
+    (tmp_path / "result.json").write_text("")
+    name, *rest = words.replace("FOLDER", str(tmp_path)).split()
+    with pytest.raises(SystemExit, match="2"):
+        modules(name).main(rest)
+    assert re.search(said.replace("FOLDER", str(tmp_path)), capsys.readouterr().err)
+
+
+def test_a_comparison_runs_what_the_old_result_has_as_it_was_measured(tmp_path, modules, monkeypatch):
+    pairs = [("adamw", "one"), ("sgd", "one"), ("sgd", "10")]
+    cases = [{"case": n, "shape": s, "elements": 64, "tensors": 1, "variants": []} for n, s in pairs]
+    old = modules("record").circumstances("step", quick=True) | {"threads": 1, "cases": cases}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    step, ran = modules("step"), []
+    monkeypatch.setattr(step, "run", lambda p, args, cases: ran.append((args.quick, args.threads, cases)) or old)
+    for words in ([], ["--rules", "sgd", "--shapes", "10", "one"]):
+        assert step.main(["--compare", str(tmp_path / "old.json"), *words]) == 0
+    assert ran == [(True, 1, pairs), (True, 1, pairs[1:])]
+
+
+def test_an_interrupt_leaves_nothing_half_written(tmp_path, modules, monkeypatch, capsys):
+    """Ctrl-C while it measures: one line, the status of shells, no file."""
+    monkeypatch.setattr(modules("scaling"), "measure_size", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["bench", "scaling", "--sizes", "1e3", "--json", str(tmp_path / "a.json")])
+    assert runpy.run_path(str(ROOT / "bench" / "__main__.py"))["main"]() == 130
+    assert capsys.readouterr().err == "\ninterrupted: no result was written\n" and not list(tmp_path.iterdir())
 
 
 def test_a_wrong_variant_is_not_timed_and_a_wrong_fuseopt_fails_the_run(modules, monkeypatch):
