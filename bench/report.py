@@ -193,7 +193,7 @@ def markdown(result: dict) -> str:
         cases = [case for case in result["cases"] if case["case"] == name]
         if cases:
             lines += [f"**{heading(name)}**", "", *pivot(cases), ""]
-    if any("state_bytes" in row for case in result["cases"] for row in case["variants"]):
+    if any("state_bytes" in row for case in result["cases"] if case["best_kernel"] for row in case["variants"]):
         lines += ["**Bytes and memory**", "", *memory(result), ""]
     lines += [untimed(result), ""] if untimed(result) else []
     return "\n".join([*lines, f"`{result['command']}` on {machine(result)}."])

@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_the_main_table(tmp_path, modules):
         assert row["verified"] and row["ratio"]["median"] == 1 and row["bytes"] > 0 and row["state_bytes"] > 0
     text = modules("report").markdown(result)
     assert "**AdamW, bf16, with an fp32 EMA**" in text and "| fuseopt |" in text and "- apex: skipped" in text
+    assert "Bytes and memory" not in text  # of tensors beyond the cache alone
     for what in ("roofline", "ratios"):
         assert path.with_name(f"new-{what}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -175,6 +177,21 @@ def test_a_full_case_with_vectors_is_verified(modules):
     data = case.Data(full)
     ready, untimed = measure.verified(full, data, variants.makers(full, data))
     assert len(ready) == 10 and not untimed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "quick", "said"),
+    [
+        ([(64, 64), (64, 65)], False, "with one shape alone"),
+        ([(8, 8)], False, "fewer than 4096 entries"),
+        ([(64, 64)], True, "not in a quick run"),
+    ],
+)
+def test_torchao_is_skipped_for_the_reason_that_holds(sizes, quick, said, modules, monkeypatch):
+    peers, case = modules("peers"), modules("case").Case("adamw", "one", quick, sizes)
+    monkeypatch.setattr(peers, "load", lambda *_: types.SimpleNamespace(AdamW8bit=torch.optim.AdamW))
+    with pytest.raises(modules("variants").Untimed, match=said):
+        peers.torchao(case, modules("case").Data(case))
 
 
 def test_the_shapes_are_those_of_the_models(modules):

@@ -323,6 +323,24 @@ def test_there_may_be_nothing_to_explain(backend):
     assert "requires_grad=False" in str(fuseopt.AdamW([frozen], backend=backend).explain())
 
 
+def test_a_table_without_entries_is_left_out():
+    p = torch.nn.Parameter(torch.empty(0, 3))
+    p.grad = torch.empty(0, 3)
+    for text in (str(fuseopt.AdamW([p]).explain()), fuseopt.AdamW([p]).explain()._repr_html_()):
+        assert "Launches" not in text and "Bytes read" not in text and "A step reads and writes 0 B." in text
+
+
+@needs_cpu
+def test_what_is_over_is_not_said_to_be_pruned():
+    p = torch.nn.Parameter(torch.randn(8, 8)[:, ::2])
+    p.grad = torch.ones(8, 4)
+    opt = fuseopt.AdamW([p], prune=Prune(0.5, begin=1, end=2))
+    for _ in range(2):
+        assert "ranked for pruning" in str(opt.explain()) and "prune" in [row["what"] for row in opt.explain().launches]
+        opt.step()
+    assert "ranked" not in str(opt.explain()) and "prune" not in [row["what"] for row in opt.explain().launches]
+
+
 def test_a_model_without_memory_can_be_planned():
     with torch.device("meta"):
         params = [Parameter(torch.empty(10**6, 10**5))]

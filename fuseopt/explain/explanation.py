@@ -78,7 +78,7 @@ class Explanation:
         streams = _bytes_table(self.rows, each=True)
         if streams.width() > width:
             streams = _bytes_table(self.rows, each=False)
-        return [_launch_table(self.launches, width), streams] if self.rows else []
+        return [_launch_table(self.launches, width)] * bool(self.launches) + [streams] * bool(self.bytes_per_step)
 
     def _times(self) -> list[str]:
         least, moved = self.least_seconds, f"A step reads and writes {size(self.bytes_per_step)}"

@@ -7,9 +7,8 @@ import torch
 from .. import cpu, cuda
 from ..checks import in_layout, share_memory
 from ..distributed import is_dtensor, local, placed_alike
-from ..stages import prune
 from .printing import shortened
-from .traffic import Member, clips
+from .traffic import Member, clips, to_prune
 
 WIDTH = 60  # of a list of names
 
@@ -89,7 +88,7 @@ def _by_memory(opt: Any, backend: str, members: list[Member]) -> list[str]:
     if backend != "torch" and overlap(members):
         how = "in a pass each" if in_turn(backend, members) else "by one thread"
         found.append(f"Parameters share memory, so all are stepped one after another, {how}.")
-    ranked = [m for m in gaps if m.options["prune"] and not m.options["prune"]["threshold"] and prune.prunable(m.p)]
+    ranked = [m for m in gaps if to_prune(opt, m)]
     return found + _say(ranked, "with gaps in memory, ranked for pruning by torch operations")
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from ..stages import prune
-from .traffic import Member, clips
+from .traffic import Member, clips, to_prune
 
 
 def launches(opt: Any, backend: str, members: list[Member], one_by_one: bool) -> list[dict[str, Any]]:
@@ -118,12 +117,9 @@ def _recomputed(opt: Any, members: list[Member]) -> list[dict[str, Any]]:
 def _selected(opt: Any, members: list[Member]) -> list[dict[str, Any]]:
     """Pruning that is not over: the parameters whose weights some steps rank and zero."""
     found, t = [], opt._steps() + 1
-    prunes = [m for m in members if m.options["prune"] is not None and m.options["prune"]["threshold"] is None]
-    for some in _parted([m for m in prunes if prune.prunable(m.p)], lambda m: tuple(m.options["prune"].items())):
+    for some in _parted([m for m in members if to_prune(opt, m)], lambda m: tuple(m.options["prune"].items())):
         options = some[0].options["prune"]
-        end = options["end"] or options["begin"]
-        if t <= end:
-            begin, each = options["begin"], options["every"]
-            when = f"at step {end}" if max(t, begin) + each > end else f"at {begin} to {end} by {each}"
-            found.append(_row("prune", None, some, when))
+        begin, end, each = options["begin"], options["end"] or options["begin"], options["every"]
+        when = f"at step {end}" if max(t, begin) + each > end else f"at {begin} to {end} by {each}"
+        found.append(_row("prune", None, some, when))
     return found

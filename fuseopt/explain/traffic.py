@@ -60,6 +60,14 @@ def trained(members: list[Member]) -> list[Member]:
     return [m for m in members if m.p.grad is not None] or [m for m in members if m.p.requires_grad]
 
 
+def to_prune(opt: Any, m: Member) -> bool:
+    """Whether steps to come rank the parameter's weights."""
+    options = m.options["prune"]
+    if options is None or options["threshold"] is not None or not prune.prunable(m.p):
+        return False
+    return int(opt._steps()) < (options["end"] or options["begin"])
+
+
 def clips(opt: Any) -> bool:
     return any(group["max_grad_norm"] for group in opt.param_groups)
 
