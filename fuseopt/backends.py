@@ -69,7 +69,8 @@ def why(opt) -> str:
         return "; ".join(filter(None, reasons)) or f"parameters are on {device}"
     if cpu.native is None:
         return cpu.why_not or ""
-    return f"parameters are on the CPU; {cpu.native.instruction_set()}, {cpu.native.max_threads()} threads"
+    threads = cpu.native.max_threads()
+    return f"parameters are on the CPU; {cpu.native.instruction_set()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def device_of(opt) -> torch.device:

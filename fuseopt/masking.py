@@ -39,7 +39,7 @@ class Dynamic:
 
     @property
     def ranks_all(self) -> bool:
-        return isinstance(self.fn, Ranking) and self.fn.scope == "global"
+        return isinstance(self.fn, Ranking) and self.fn.ranks_all
 
     def is_due(self, t: int, state: dict[str, Any]) -> bool:
         """Whether the mask in a parameter's state must be recomputed at step t."""
@@ -295,6 +295,6 @@ def _scores(opt: Any, step: plan.Step, one: Dynamic, members: Members) -> dict[T
 
 
 def _ranked(opt: Any, fn: Ranking, params: list[Tensor], scores: list[Tensor]) -> list[Tensor]:
-    if fn.scope == "global":
+    if fn.ranks_all:
         return ranking.largest(params, scores, fn.share, opt.defaults["sharded"])
     return [ranking.largest([p], [score], fn.share, False)[0] for p, score in zip(params, scores, strict=True)]

@@ -29,15 +29,17 @@ class Ranking:
     """Keeps the share of entries with the largest score."""
 
     share: float
-    scope: Literal["tensor", "global"] = "tensor"
     sums: ClassVar[bool] = False  # whether scores are added up, at every step; else they are of one step
     reads: ClassVar[int] = 1  # how many of gradient and weight it reads
 
     def __post_init__(self) -> None:
         if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
             raise ValueError(f"Invalid {type(self).__name__} share: {self.share!r}; give a number in [0, 1]")
-        if self.scope not in ("tensor", "global"):
-            raise ValueError(f"Invalid {type(self).__name__} scope: {self.scope!r}; use 'tensor' or 'global'")
+
+    @property
+    def ranks_all(self) -> bool:
+        """Whether parameters are ranked together, not each alone."""
+        return False
 
     def score(self, p: Tensor, w: Tensor, g: Tensor, t: int, place: int) -> Tensor:
         """The score of one step, of the entries on this process.
@@ -48,7 +50,23 @@ class Ranking:
         raise NotImplementedError
 
 
-class TopGradient(Ranking):
+@dataclass(frozen=True)
+class Scoped(Ranking):
+    """Of each parameter, or of all together."""
+
+    scope: Literal["tensor", "global"] = "tensor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope not in ("tensor", "global"):
+            raise ValueError(f"Invalid {type(self).__name__} scope: {self.scope!r}; use 'tensor' or 'global'")
+
+    @property
+    def ranks_all(self) -> bool:
+        return self.scope == "global"
+
+
+class TopGradient(Scoped):
     """The largest |g| at the steps that recompute it.
 
     Args:
@@ -62,7 +80,7 @@ class TopGradient(Ranking):
         return g.abs()
 
 
-class Fisher(Ranking):
+class Fisher(Scoped):
     """The largest sums of g^2, the diagonal of the empirical Fisher information (FISH mask, Sung et al. 2021).
 
     Sums (fp32; fp64 for fp64) run from the step after it was set, over every step; the gradient is the mini-batch's,
@@ -81,7 +99,7 @@ class Fisher(Ranking):
         return g * g
 
 
-class Movement(Ranking):
+class Movement(Scoped):
     """The largest sums of -g*w: what moves away from zero (movement pruning, Sanh et al. 2020).
 
     Signed: what shrinks comes last. Sums (fp32; fp64 for fp64) run from the step after it was set, over every step, w
@@ -117,7 +135,6 @@ class Random(Ranking):
     """
 
     seed: int = 0
-    scope: ClassVar[Literal["tensor"]] = "tensor"  # type: ignore[misc]  # not an argument here
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,6 @@
 """The pages under docs/: they build without a warning, their Python runs, their pictures can be made again."""
 
+import ast
 import fnmatch
 import inspect
 import os
@@ -8,12 +9,14 @@ import runpy
 import shlex
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
 
 import fuseopt
+from fuseopt.explain import Explanation
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
@@ -40,8 +43,10 @@ def build(folder: Path) -> None:
 def test_the_site(tmp_path):
     build(tmp_path)
     every_page_and_picture_is_there(tmp_path)
+    no_row_has_fallen_out_of_its_table(tmp_path)
     nothing_is_fetched_from_other_hosts(tmp_path)
     the_reference_has_every_public_name(tmp_path)
+    its_signatures_are_pythons(tmp_path)
 
 
 def html(site: Path, page: str) -> str:
@@ -57,6 +62,12 @@ def every_page_and_picture_is_there(site: Path) -> None:
     assert "0.1.0" in html(site, "changelog")
 
 
+def no_row_has_fallen_out_of_its_table(site: Path) -> None:
+    """As one after an empty line has, of which Markdown makes a paragraph."""
+    for page in PAGES:
+        assert not re.search(r"<p>\s*\|", html(site, page.stem)), page.name
+
+
 def nothing_is_fetched_from_other_hosts(site: Path) -> None:
     for page in PAGES:
         outside = re.findall(
@@ -68,6 +79,9 @@ def nothing_is_fetched_from_other_hosts(site: Path) -> None:
 def public() -> dict[str, object]:
     """What users may name, as the reference calls it: classes, functions, and the methods of every optimizer."""
     found = {f"fuseopt.{name}": getattr(fuseopt, name) for name in fuseopt.__all__}
+    found |= {"fuseopt.pruning.Zeros.share": fuseopt.pruning.Zeros.share}
+    for name in ("bandwidth", "least_seconds"):
+        found[f"{Explanation.__module__}.Explanation.{name}"] = getattr(Explanation, name)
     for module in (fuseopt.masks, fuseopt.verify):
         found |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__ if not name.isupper()}
     for name, cls in {
@@ -100,6 +114,24 @@ def the_reference_has_every_public_name(site: Path) -> None:
     for name in public():
         assert f'id="{name}"' in page, f"{name} is missing from docs/pages/reference.md"
     assert not re.search("<(em|strong|blockquote)>.*", page)
+
+
+def its_signatures_are_pythons(site: Path) -> None:
+    """The reference is made without importing: what a base class declares and another takes away, it may not see."""
+    page, compared = html(site, "reference"), 0
+    for name, value in public().items():
+        if found := re.search(rf'id="{re.escape(name)}".*?doc-signature.*?<code>(.*?)</code>', page, re.DOTALL):
+            text = unescape(re.sub("<[^>]+>", "", found[1]))
+            if callable(value) and text.startswith(f"{name.rpartition('.')[2]}("):
+                says = ast.parse(f"def {text.strip()}: pass").body[0].args
+                takes = [p for p in inspect.signature(value).parameters if p != "self"]
+                assert [a.arg for a in _all_arguments(says)] == takes, name
+                compared += 1
+    assert compared > 30
+
+
+def _all_arguments(of: ast.arguments) -> list[ast.arg]:
+    return [a for a in (*of.posonlyargs, *of.args, of.vararg, *of.kwonlyargs, of.kwarg) if a is not None]
 
 
 def test_every_test_is_on_the_page_of_checks():

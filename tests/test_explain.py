@@ -177,6 +177,13 @@ def test_a_process_without_its_threads_says_so(monkeypatch):
     assert any("one thread steps" in note for note in opt.explain().notes)
 
 
+def test_the_reason_counts_threads(native):
+    opt = fuseopt.AdamW(parameters([(3,)]))
+    for count, text in ((1, ", 1 thread"), (2, ", 2 threads")):
+        torch.set_num_threads(count)
+        assert opt.explain().why.endswith(text)
+
+
 def test_a_missing_compiler_is_the_reason(monkeypatch):
     monkeypatch.setattr(cpu, "native", None)
     monkeypatch.setattr(backends, "_warned", True)

@@ -46,6 +46,8 @@ def masks(opt: fuseopt.AdamW) -> None:
     opt.mask("*.weight", fn=fuseopt.masks.TopGradient(0.1, scope="global"), every=10)
     opt.mask("*.bias", fn=lambda param, grad, state: grad.abs() > 1e-3)
     opt.mask(weight, mode="frozen")  # type: ignore[arg-type]
+    opt.mask(weight, fn=fuseopt.masks.Random(0.1, seed=1))
+    fuseopt.masks.Random(0.1, scope="tensor")  # type: ignore[call-arg]
     assert_type(opt.keep_mask(weight), Tensor | None)
     assert_type(opt.prune_mask("0.weight"), Tensor | None)
     opt.finalize_pruning(model)

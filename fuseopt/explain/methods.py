@@ -17,12 +17,19 @@ class ReportMethods(StagedOptimizer):
     _statistics: Any
 
     def statistics(self) -> Statistics:
-        """The sums of the last step, as a mapping: grad_norm, param_norm, update_norm, zeros, nonfinite.
+        """The sums of the last step, over all parameters that it stepped, as a mapping:
 
-        See stages/statistics.py. It keeps the values of that step, whatever comes after. On a GPU they are fetched,
-        and the GPU waited for, when one is first read; where processes share the parameters step() has added up those
-        of the whole model, and any process may read them. Raises RuntimeError before the first step, or without
-        statistics=True.
+            grad_norm     L2 norm of the gradient, unscaled and masked, before clipping
+            param_norm    L2 norm of the new weights
+            update_norm   L2 norm of their change
+            zeros         how many weights are 0
+            nonfinite     how many gradient entries are infinite or NaN
+
+        At a step on which pruning selects they are of the weights before the selection. The mapping keeps the values of
+        its step, whatever comes after. On a GPU they are fetched, and the GPU waited for, when one is first read; where
+        processes share the parameters step() has added up those of the whole model, and any process may read them.
+
+        Raises RuntimeError before the first step, or without statistics=True.
         """
         if self._statistics is None:
             why = "no step has been taken yet" if self.defaults["statistics"] else "pass statistics=True"
