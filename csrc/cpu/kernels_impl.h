@@ -10,8 +10,9 @@ namespace FUSEOPT_ISA {
 // Stage 11. What is frozen keeps its bits, NaN too: whether a loop runs over it or leaves it out must not show. The
 // first update of an average, which reaches frozen entries, is seen to by backends._give_first_values.
 template <class E>
-FUSEOPT_INLINE typename E::raw averaged_unless(bool frozen, typename E::raw ema, typename E::compute p,
-                                               typename E::compute weight, bool pruned) {
+FUSEOPT_INLINE typename E::raw averaged_unless(Lane<sizeof(typename E::raw)> frozen, typename E::raw ema,
+                                               typename E::compute p, typename E::compute weight,
+                                               Lane<sizeof(typename E::raw)> pruned) {
   return select(frozen, ema, ema_element<E>(ema, p, weight, pruned, false));
 }
 
@@ -21,6 +22,7 @@ struct Streams {  // typed pointers and rounded scalars of a span
   using word = typename U::word;
   using Element = typename U::Element;
   using raw = typename Element::raw;
+  using Flag = Lane<sizeof(raw)>;
   using T = typename S::compute;  // the average that is taken along is kept in this type
   static constexpr int slots = Rule::slots > 0 ? Rule::slots : 1;
   word* __restrict__ p;
@@ -39,7 +41,7 @@ struct Streams {  // typed pointers and rounded scalars of a span
   }
 
   // Unit i; masked: `lanes` of its chunk, in which it is number `lane`.
-  template <bool masked, bool any_special>
+  template <bool masked, bool penalized, bool pruning>
   FUSEOPT_INLINE void step(int64_t i, const Lanes<S>* lanes = nullptr, int64_t lane = 0, bool freeze = false) const {
     const word weights = p[i], grads = g[i];
     word moments[slots];
@@ -50,9 +52,11 @@ struct Streams {  // typed pointers and rounded scalars of a span
       raw own[slots];
       weight[j] = U::get(weights, j);
       for (int k = 0; k < Rule::slots; ++k) own[k] = U::get(moments[k], j);
-      const bool keep = !masked || lanes->keep[j][lane] != 0, frozen = masked & freeze & !keep;
-      const bool pruned = step_element<Rule, Element, masked, any_special>(
-          weight[j], U::get(grads, j), own, keep, frozen, masked && lanes->pruned[j][lane] != 0, stage, rule);
+      Flag keep = true, gone = false;
+      if constexpr (masked) keep = Flag::of(lanes->keep[j][lane]), gone = Flag::of(lanes->pruned[j][lane]);
+      const Flag frozen = Flag(freeze) & !keep;
+      const Flag pruned = step_element<Rule, Element, masked, penalized, pruning>(
+          weight[j], U::get(grads, j), own, keep, frozen, gone, stage, rule);
       for (int k = 0; k < Rule::slots; ++k) moment[k][j] = own[k];
       if constexpr (averaged) {
         T& e = ema[U::elements * i + j];
@@ -95,41 +99,42 @@ FUSEOPT_INLINE void update_half_unit(const Span& a, void (*loop)(const Span&)) {
   if (average) average[last] = ema[0];
 }
 
-template <bool any_special, class Rule, class S, bool averaged>
+template <bool penalized, class Rule, class S, bool averaged>
 FUSEOPT_INLINE void update_units(const Streams<Rule, S, averaged>& s, int64_t units) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < units; ++i) s.template step<false, any_special>(i);
+  for (int64_t i = 0; i < units; ++i) s.template step<false, penalized, false>(i);
 }
 
 template <class Rule, class S, bool averaged>
 void update(const Span& a) {
   const Streams<Rule, S, averaged> s(a);
   const int64_t units = a.n / Unit<S>::elements;
-  if (special(s.stage)) update_units<true>(s, units);
+  if (penalizes(s.stage)) update_units<true>(s, units);
   else update_units<false>(s, units);
   if (a.n % Unit<S>::elements) update_half_unit<Rule, S>(a, update<Rule, S, averaged>);
 }
 
-template <bool any_special, class Rule, class S, bool averaged>
+template <bool penalized, bool pruning, class Rule, class S, bool averaged>
 FUSEOPT_INLINE void update_chunk(const Streams<Rule, S, averaged>& s, int64_t first, int64_t units,
                                  const Lanes<S>& lanes, bool freeze) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < units; ++i) s.template step<true, any_special>(first + i, &lanes, i, freeze);
+  for (int64_t i = 0; i < units; ++i) s.template step<true, penalized, pruning>(first + i, &lanes, i, freeze);
 }
 
 template <class Rule, class S, bool averaged>
 void update_masked(const Span& a) {
   using U = Unit<S>;
   const Streams<Rule, S, averaged> s(a);
-  const bool any_special = special(s.stage);
+  const bool penalized = penalizes(s.stage), pruning = prunes(s.stage);
   Lanes<S> lanes;
   for (int64_t begin = 0; begin < a.n; begin += kChunk) {
     const int64_t n = a.n - begin < kChunk ? a.n - begin : kChunk, units = n / U::elements;
     const bool any = lanes.spread(a.keep + begin / 32, a.pruned + begin / 32, (n + 31) / 32);
     if (a.freeze && !any) continue;
     s.prefetch(begin / U::elements, units);
-    if (any_special) update_chunk<true>(s, begin / U::elements, units, lanes, a.freeze);
-    else update_chunk<false>(s, begin / U::elements, units, lanes, a.freeze);
+    if (penalized) update_chunk<true, true>(s, begin / U::elements, units, lanes, a.freeze);
+    else if (pruning) update_chunk<false, true>(s, begin / U::elements, units, lanes, a.freeze);
+    else update_chunk<false, false>(s, begin / U::elements, units, lanes, a.freeze);
   }
   if (a.n % U::elements) update_half_unit<Rule, S>(a, update_masked<Rule, S, averaged>);
 }

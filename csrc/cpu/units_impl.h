@@ -63,7 +63,7 @@ struct Unit<F16> : Pair {
 
 constexpr int64_t kChunk = 128;  // elements
 
-// The masks of a chunk with a whole number for each bit, as wide as the elements are worked on; 0 or not.
+// The masks of a chunk with a whole number for each bit, as wide as the elements are worked on; all ones or 0.
 template <class S>
 struct Lanes {
   using U = Unit<S>;
@@ -79,8 +79,8 @@ struct Lanes {
       asm("" : "+r"(keep_word), "+r"(pruned_word));  // else GCC takes four words at once, with a hundred shuffles
       any |= keep_word;
       for (int j = 0; j < U::elements; ++j) {
-        for (int i = 0; i < units; ++i) keep[j][w * units + i] = keep_word & U::bit(j, i);
-        for (int i = 0; i < units; ++i) pruned[j][w * units + i] = pruned_word & U::bit(j, i);
+        for (int i = 0; i < units; ++i) keep[j][w * units + i] = keep_word & U::bit(j, i) ? lane(~lane(0)) : lane(0);
+        for (int i = 0; i < units; ++i) pruned[j][w * units + i] = pruned_word & U::bit(j, i) ? lane(~lane(0)) : lane(0);
       }
     }
     return any != 0;
