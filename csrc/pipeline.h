@@ -45,7 +45,7 @@ FUSEOPT_INLINE Scalars<T> rounded(const double* in) {
 // Stages 1 to 4: the gradient that the rule and the sums see. A masked entry is selected to zero, never
 // multiplied: 0 * inf is NaN. The norm that decides s.clip is formed by this function too, with clip = 1.
 template <class T>
-FUSEOPT_INLINE T effective_grad(T g, Lane<sizeof(T)> keep, const StageScalars<T>& s) {
+FUSEOPT_INLINE T effective_grad(T g, Flag<T> keep, const StageScalars<T>& s) {
   g = g * (s.inv_grad_scale * s.direction);  // direction is 1 or -1: the product is exact
   g = select(keep, g, T(0));
   return g * s.clip;
@@ -80,7 +80,7 @@ FUSEOPT_INLINE T shrink_element(T p, const StageScalars<T>& s) {
 
 // Stages 9 (freeze) and 10 (prune) select among the raw values, so frozen entries keep their very bits.
 template <class raw>
-FUSEOPT_INLINE raw settle(Lane<sizeof(raw)> frozen, raw before, Lane<sizeof(raw)> zero, raw after) {
+FUSEOPT_INLINE raw settle(Flag<raw> frozen, raw before, Flag<raw> zero, raw after) {
   return select(frozen, before, select(zero, raw(0), after));
 }
 
@@ -93,11 +93,10 @@ FUSEOPT_INLINE bool falls_below(typename S::raw p, const StageScalars<typename S
 // pruned. (cuda/step.cu has these lines once more, on several elements at a time.)
 template <class Rule, class S, bool masked, bool penalized, bool pruning, int n>
 FUSEOPT_INLINE auto step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n],
-                                 Lane<sizeof(g)> keep, Lane<sizeof(g)> frozen, Lane<sizeof(g)> pruned,
+                                 Flag<typename S::raw> keep, Flag<typename S::raw> frozen, Flag<typename S::raw> pruned,
                                  const StageScalars<typename S::compute>& s,
                                  const typename Rule::template Scalars<typename S::compute>& r) {
   using T = typename S::compute;
-  using Flag = Lane<sizeof(g)>;
   T weight = S::load(p), grad = effective_grad(S::load(g), keep, s);
   T moment[n];
   for (int k = 0; k < Rule::slots; ++k) moment[k] = S::load(slot[k]);
@@ -108,8 +107,8 @@ FUSEOPT_INLINE auto step_element(typename S::raw& p, typename S::raw g, typename
   const typename S::raw stored = S::store(penalized ? shrink_element(weight, s) : weight);
 
   if constexpr (!masked) frozen = pruned = false;
-  const Flag prune = (!frozen) & (pruned | Flag(pruning && masked && falls_below<S>(stored, s)));
-  const Flag clear = prune & Flag(!pruning || s.keep_moments == T(0));
+  const Flag<typename S::raw> prune = (!frozen) & (pruned | (pruning && masked && falls_below<S>(stored, s)));
+  const Flag<typename S::raw> clear = prune & (!pruning || s.keep_moments == T(0));
   p = settle(frozen, p, prune, stored);
   for (int k = 0; k < Rule::slots; ++k) slot[k] = settle(frozen, slot[k], clear, S::store(moment[k]));
   return prune | pruned;  // what was pruned before it was frozen stays pruned
@@ -120,12 +119,12 @@ FUSEOPT_INLINE auto step_element(typename S::raw& p, typename S::raw g, typename
 // bits. NaN is no value yet: the first update copies the parameter, whatever the weight, and nothing else writes there.
 template <class E>
 FUSEOPT_INLINE typename E::raw ema_element(typename E::raw ema, typename E::compute p, typename E::compute weight,
-                                           Lane<sizeof(ema)> pruned, Lane<sizeof(ema)> frozen) {
+                                           Flag<typename E::raw> pruned, Flag<typename E::raw> frozen) {
   using raw = typename E::raw;
   using T = typename E::compute;
   const T old = E::load(ema);
   const bool none = old != old;
-  const Lane<sizeof(ema)> empty = none, due = weight >= T(0), moves = weight != T(0);
+  const Flag<raw> empty = none, due = weight >= T(0), moves = weight != T(0);
   const raw moved = E::store(none ? p : fma(weight, p - old, old));
   const raw next = select(due & (empty | ((!frozen) & moves)), moved, ema);
   return select(pruned & (due | (!empty)), raw(0), next);

@@ -10,9 +10,9 @@ namespace FUSEOPT_ISA {
 // Stage 11. What is frozen keeps its bits, NaN too: whether a loop runs over it or leaves it out must not show. The
 // first update of an average, which reaches frozen entries, is seen to by backends._give_first_values.
 template <class E>
-FUSEOPT_INLINE typename E::raw averaged_unless(Lane<sizeof(typename E::raw)> frozen, typename E::raw ema,
+FUSEOPT_INLINE typename E::raw averaged_unless(Flag<typename E::raw> frozen, typename E::raw ema,
                                                typename E::compute p, typename E::compute weight,
-                                               Lane<sizeof(typename E::raw)> pruned) {
+                                               Flag<typename E::raw> pruned) {
   return select(frozen, ema, ema_element<E>(ema, p, weight, pruned, false));
 }
 
@@ -22,7 +22,6 @@ struct Streams {  // typed pointers and rounded scalars of a span
   using word = typename U::word;
   using Element = typename U::Element;
   using raw = typename Element::raw;
-  using Flag = Lane<sizeof(raw)>;
   using T = typename S::compute;  // the average that is taken along is kept in this type
   static constexpr int slots = Rule::slots > 0 ? Rule::slots : 1;
   word* __restrict__ p;
@@ -52,10 +51,10 @@ struct Streams {  // typed pointers and rounded scalars of a span
       raw own[slots];
       weight[j] = U::get(weights, j);
       for (int k = 0; k < Rule::slots; ++k) own[k] = U::get(moments[k], j);
-      Flag keep = true, gone = false;
-      if constexpr (masked) keep = Flag::of(lanes->keep[j][lane]), gone = Flag::of(lanes->pruned[j][lane]);
-      const Flag frozen = Flag(freeze) & !keep;
-      const Flag pruned = step_element<Rule, Element, masked, penalized, pruning>(
+      Flag<raw> keep = true, gone = false;
+      if constexpr (masked) keep = Flag<raw>::of(lanes->keep[j][lane]), gone = Flag<raw>::of(lanes->pruned[j][lane]);
+      const Flag<raw> frozen = Flag<raw>(freeze) & !keep;
+      const Flag<raw> pruned = step_element<Rule, Element, masked, penalized, pruning>(
           weight[j], U::get(grads, j), own, keep, frozen, gone, stage, rule);
       for (int k = 0; k < Rule::slots; ++k) moment[k][j] = own[k];
       if constexpr (averaged) {
