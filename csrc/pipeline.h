@@ -45,7 +45,7 @@ FUSEOPT_INLINE Scalars<T> rounded(const double* in) {
 // Stages 1 to 4: the gradient that the rule and the sums see. A masked entry is selected to zero, never
 // multiplied: 0 * inf is NaN. The norm that decides s.clip is formed by this function too, with clip = 1.
 template <class T>
-FUSEOPT_INLINE T effective_grad(T g, bool keep, const StageScalars<T>& s) {
+FUSEOPT_INLINE T effective_grad(T g, Flag<T> keep, const StageScalars<T>& s) {
   g = g * (s.inv_grad_scale * s.direction);  // direction is 1 or -1: the product is exact
   g = select(keep, g, T(0));
   return g * s.clip;
@@ -54,8 +54,12 @@ FUSEOPT_INLINE T effective_grad(T g, bool keep, const StageScalars<T>& s) {
 // Whether a step asks for what few do. Neutral, these scalars still take as long as a whole rule in a loop over 16-bit
 // storage, so the CPU's loops exist with them and without.
 template <class T>
-inline bool special(const StageScalars<T>& s) {
-  return s.l2 != T(0) || s.l1 != T(0) || s.soft_threshold != T(0) || s.prune_below > T(0) || s.keep_moments != T(0);
+FUSEOPT_INLINE bool penalizes(const StageScalars<T>& s) {
+  return s.l2 != T(0) || s.l1 != T(0) || s.soft_threshold != T(0);
+}
+template <class T>
+FUSEOPT_INLINE bool prunes(const StageScalars<T>& s) {  // more than what is pruned already
+  return s.prune_below > T(0) || s.keep_moments != T(0);
 }
 
 // Stages 5 to 7, before the rule: decay.
@@ -76,7 +80,7 @@ FUSEOPT_INLINE T shrink_element(T p, const StageScalars<T>& s) {
 
 // Stages 9 (freeze) and 10 (prune) select among the raw values, so frozen entries keep their very bits.
 template <class raw>
-FUSEOPT_INLINE raw settle(bool frozen, raw before, bool zero, raw after) {
+FUSEOPT_INLINE raw settle(Flag<raw> frozen, raw before, Flag<raw> zero, raw after) {
   return select(frozen, before, select(zero, raw(0), after));
 }
 
@@ -87,26 +91,27 @@ FUSEOPT_INLINE bool falls_below(typename S::raw p, const StageScalars<typename S
 
 // Stages 1 to 10 on one element of storage type S: p and slot are as they lie in memory. Returns whether the element is
 // pruned. (cuda/step.cu has these lines once more, on several elements at a time.)
-template <class Rule, class S, bool masked, bool any_special, int n>
-FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n], bool keep,
-                                 bool frozen, bool pruned, const StageScalars<typename S::compute>& s,
+template <class Rule, class S, bool masked, bool penalized, bool pruning, int n>
+FUSEOPT_INLINE auto step_element(typename S::raw& p, typename S::raw g, typename S::raw (&slot)[n],
+                                 Flag<typename S::raw> keep, Flag<typename S::raw> frozen, Flag<typename S::raw> pruned,
+                                 const StageScalars<typename S::compute>& s,
                                  const typename Rule::template Scalars<typename S::compute>& r) {
   using T = typename S::compute;
   T weight = S::load(p), grad = effective_grad(S::load(g), keep, s);
   T moment[n];
   for (int k = 0; k < Rule::slots; ++k) moment[k] = S::load(slot[k]);
 
-  if constexpr (any_special) decay_element(weight, grad, s);
+  if constexpr (penalized) decay_element(weight, grad, s);
   else weight = weight * s.decay;
   Rule::update(weight, grad, moment, r);
-  const typename S::raw stored = S::store(any_special ? shrink_element(weight, s) : weight);
+  const typename S::raw stored = S::store(penalized ? shrink_element(weight, s) : weight);
 
-  frozen = masked & frozen;
-  const bool prune = masked & (!frozen) & (pruned | (any_special && falls_below<S>(stored, s)));
-  const bool clear = prune & (!any_special || s.keep_moments == T(0));
+  if constexpr (!masked) frozen = pruned = false;
+  const Flag<typename S::raw> prune = (!frozen) & (pruned | (pruning && masked && falls_below<S>(stored, s)));
+  const Flag<typename S::raw> clear = prune & (!pruning || s.keep_moments == T(0));
   p = settle(frozen, p, prune, stored);
   for (int k = 0; k < Rule::slots; ++k) slot[k] = settle(frozen, slot[k], clear, S::store(moment[k]));
-  return prune | (masked & pruned);  // what was pruned before it was frozen stays pruned
+  return prune | pruned;  // what was pruned before it was frozen stays pruned
 }
 
 // Stage 11: a moving average of the stored parameter, in storage type E; exactly as sparse as the model.
@@ -114,14 +119,15 @@ FUSEOPT_INLINE bool step_element(typename S::raw& p, typename S::raw g, typename
 // bits. NaN is no value yet: the first update copies the parameter, whatever the weight, and nothing else writes there.
 template <class E>
 FUSEOPT_INLINE typename E::raw ema_element(typename E::raw ema, typename E::compute p, typename E::compute weight,
-                                           bool pruned, bool frozen) {
+                                           Flag<typename E::raw> pruned, Flag<typename E::raw> frozen) {
   using raw = typename E::raw;
   using T = typename E::compute;
   const T old = E::load(ema);
-  const bool empty = old != old, due = weight >= T(0);
-  const raw moved = E::store(empty ? p : fma(weight, p - old, old));
-  const raw next = select(due & (empty | (!frozen & (weight != T(0)))), moved, ema);
-  return select(pruned & (due | !empty), raw(0), next);
+  const bool none = old != old;
+  const Flag<raw> empty = none, due = weight >= T(0), moves = weight != T(0);
+  const raw moved = E::store(none ? p : fma(weight, p - old, old));
+  const raw next = select(due & (empty | ((!frozen) & moves)), moved, ema);
+  return select(pruned & (due | (!empty)), raw(0), next);
 }
 
 }  // namespace fuseopt

@@ -219,6 +219,55 @@ def test_frozen_entries_keep_the_bits_of_their_averages(averages, dtype, backend
     assert_same_bits(late.state[params[0]]["ema_0"], params[0].detach().to(late.state[params[0]]["ema_0"].dtype))
 
 
+def in_part_frozen(n: int) -> torch.Tensor:
+    """What is kept: some entries here and there, and no whole word of 32, run of 128 and tile of 1024, nor the last."""
+    keep = torch.rand(n, generator=torch.Generator().manual_seed(1)) > 0.5
+    keep[64:96], keep[256:384], keep[1024:2048], keep[-1] = False, False, False, False
+    return keep
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+def test_what_is_frozen_keeps_every_bit_and_changes_none_beside_it(dtype, native):
+    """Whether alone or with all around it, and though its average is NaN; the last one of an odd number too."""
+    keep = [in_part_frozen(2501), torch.zeros(1027, dtype=torch.bool)]
+    averages = [EMA(0.5), EMA(0.9), EMA(0.9, dtype="parameter")]
+    for isa in ("portable", "avx2", native.instruction_set()):
+        if not native.set_instruction_set(isa):
+            continue
+        params, twins = parameters([(2501,), (1027,)], dtype), parameters([(2501,), (1027,)], dtype)
+        opt = run(fuseopt.AdamW(params, lr=0.05, ema=averages, backend="cpu"), params, 2)
+        free = run(fuseopt.AdamW(twins, lr=0.05, ema=averages, backend="cpu"), twins, 3)
+        old = []
+        for p, kept in zip(params, keep, strict=True):
+            opt.mask(p, kept)
+            state = {key: x for key, x in opt.state[p].items() if key.startswith(("ema_", "exp_avg"))}
+            for key in ema.NAMES[:3]:
+                state[key][~kept & (torch.arange(len(p)) % 3 == 0)] = torch.nan
+            old.append([x.clone() for x in (p.detach(), *state.values())])
+        run(opt, params, 1, 3)
+        for p, twin, kept, was in zip(params, twins, keep, old, strict=True):
+            pairs = [(p.detach(), twin.detach())]
+            pairs += [(x, free.state[twin][key]) for key, x in opt.state[p].items() if key.startswith(("ema_", "exp_avg"))]
+            for (now, unmasked), before in zip(pairs, was, strict=True):
+                assert torch.equal(bits(now)[~kept], bits(before)[~kept]), isa
+                assert torch.equal(bits(now)[kept], bits(unmasked)[kept]), isa
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=ident)
+def test_a_late_average_begins_with_frozen_weights_too(dtype, backend):
+    keep = [in_part_frozen(2501), torch.zeros(1027, dtype=torch.bool)]
+    params = parameters([(2501,), (1027,)], dtype)
+    averages = [EMA(0.5, start=2), EMA(0.9), EMA(0.9, start=2, dtype="parameter")]
+    opt = fuseopt.AdamW(params, lr=0.05, ema=averages, backend=backend)
+    for p, kept in zip(params, keep, strict=True):
+        opt.mask(p, kept)
+    run(opt, params, 3)
+    for p, kept in zip(params, keep, strict=True):
+        for key in ("ema_0", "ema_2"):
+            assert_same_bits(opt.state[p][key], p.detach().to(opt.state[p][key].dtype))
+        assert torch.equal(opt.state[p]["ema_1"][~kept], p.detach()[~kept].to(opt.state[p]["ema_1"].dtype))
+
+
 def test_averages_in_the_parameters_dtype_are_rounded_once(backend):
     """To nearest even, from the fp32 result; an fp32 parameter's is the same either way."""
     for dtype in (BF16, F16, F32):

@@ -9,8 +9,8 @@ namespace fuseopt {
 
 constexpr int64_t kTile = 1024;  // elements that stay in the first-level cache between loops
 
-// A run of elements of one tensor; of at most kTile where masks are involved. `keep` and `pruned` are words of bits, bit 0 of word 0 for the first
-// element; update_masked reads both, the others take nullptr for "all kept" and "none pruned".
+// A run of elements of one tensor; of at most kTile where masks are involved. `keep` and `pruned` are words of bits, bit
+// 0 of word 0 for the first element; update_masked reads both, the others take nullptr for "all kept" and "none pruned".
 struct Span {
   int64_t n;
   void* p;

@@ -1,93 +1,20 @@
 // The bodies of the loops in kernels.h. Included once per instruction set, after a `#pragma GCC target`
 // and with FUSEOPT_ISA set to its name: everything here lies in a namespace of that name, so that the
 // linker never mixes two of them. Only always_inline functions may be called.
+#include "units_impl.h"
+#include "sums_impl.h"
 
 namespace fuseopt {
 namespace FUSEOPT_ISA {
 
-// Tables, not shifts: GCC turns `word >> bit & 1` as a condition into a form that it cannot vectorise. The second is
-// for elements taken two by two: even bits, then odd ones.
-static const uint32_t bit_table[1][32] = {
-    {1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,  1u << 8,  1u << 9,  1u << 10,
-     1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15, 1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21,
-     1u << 22, 1u << 23, 1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31}};
-static const uint32_t pair_table[2][16] = {
-    {1u << 0, 1u << 2, 1u << 4, 1u << 6, 1u << 8, 1u << 10, 1u << 12, 1u << 14, 1u << 16, 1u << 18, 1u << 20, 1u << 22,
-     1u << 24, 1u << 26, 1u << 28, 1u << 30},
-    {1u << 1, 1u << 3, 1u << 5, 1u << 7, 1u << 9, 1u << 11, 1u << 13, 1u << 15, 1u << 17, 1u << 19, 1u << 21, 1u << 23,
-     1u << 25, 1u << 27, 1u << 29, 1u << 31}};
-FUSEOPT_INLINE bool has(uint32_t word, int bit) { return (word & bit_table[0][bit]) != 0; }
-
-constexpr int64_t kAhead = 2048;  // bytes
-
-FUSEOPT_INLINE void prefetch_bytes(const void* at, int64_t bytes) {
-  for (int64_t k = 0; k < bytes; k += 64) __builtin_prefetch(static_cast<const char*>(at) + kAhead + k);
+// Stage 11. What is frozen keeps its bits, NaN too: whether a loop runs over it or leaves it out must not show. The
+// first update of an average, which reaches frozen entries, is seen to by backends._give_first_values.
+template <class E>
+FUSEOPT_INLINE typename E::raw averaged_unless(Flag<typename E::raw> frozen, typename E::raw ema,
+                                               typename E::compute p, typename E::compute weight,
+                                               Flag<typename E::raw> pruned) {
+  return select(frozen, ema, ema_element<E>(ema, p, weight, pruned, false));
 }
-
-// What one turn of the update loop takes: an element, or a word with two elements of 16 bits. These are then worked on
-// in 32 bits from load to store; loops that mix widths spend more on shuffles than on the update.
-template <class S>
-struct Unit {
-  static constexpr int elements = 1;
-  using word = typename S::raw;
-  using Element = S;
-  static FUSEOPT_INLINE word get(word w, int) { return w; }
-  static FUSEOPT_INLINE word put(const word (&x)[1]) { return x[0]; }
-  static FUSEOPT_INLINE uint32_t bit(int j, int unit) { return bit_table[j][unit]; }
-};
-struct Pair {
-  static constexpr int elements = 2;
-  typedef uint32_t word __attribute__((aligned(2), may_alias));
-  static FUSEOPT_INLINE uint32_t bit(int j, int unit) { return pair_table[j][unit]; }
-};
-template <>
-struct Unit<BF16> : Pair {
-  struct Element {  // in the upper half of 32 bits
-    using raw = uint32_t;
-    using compute = float;
-    static FUSEOPT_INLINE float load(raw x) { return bit_cast<float>(x); }
-    static FUSEOPT_INLINE raw store(float x) { return rounded_to_bf16(x); }
-  };
-  static FUSEOPT_INLINE uint32_t get(uint32_t w, int k) { return k ? w & 0xffff0000u : w << 16; }
-  static FUSEOPT_INLINE uint32_t put(const uint32_t (&x)[2]) { return x[0] >> 16 | x[1]; }
-};
-template <>
-struct Unit<F16> : Pair {
-  struct Element {  // in the lower half
-    using raw = uint32_t;
-    using compute = float;
-    static FUSEOPT_INLINE float load(raw x) { return half_to_float(uint16_t(x)); }
-    static FUSEOPT_INLINE raw store(float x) { return float_to_half(x); }
-  };
-  static FUSEOPT_INLINE uint32_t get(uint32_t w, int k) { return k ? w >> 16 : w & 0xffffu; }
-  static FUSEOPT_INLINE uint32_t put(const uint32_t (&x)[2]) { return x[0] | x[1] << 16; }
-};
-
-constexpr int64_t kChunk = 128;  // elements
-
-// The masks of a chunk with a whole number for each bit, as wide as the elements are worked on; 0 or not.
-template <class S>
-struct Lanes {
-  using U = Unit<S>;
-  using lane = typename Bits<sizeof(typename U::Element::raw)>::type;
-  alignas(64) lane keep[U::elements][kChunk / U::elements], pruned[U::elements][kChunk / U::elements];
-
-  // Whether anything is kept.
-  FUSEOPT_INLINE bool spread(const uint32_t* kept, const uint32_t* gone, int64_t words) {
-    constexpr int units = 32 / U::elements;
-    uint32_t any = 0;
-    for (int64_t w = 0; w < words; ++w) {
-      uint32_t keep_word = kept[w], pruned_word = gone[w];
-      asm("" : "+r"(keep_word), "+r"(pruned_word));  // else GCC takes four words at once, with a hundred shuffles
-      any |= keep_word;
-      for (int j = 0; j < U::elements; ++j) {
-        for (int i = 0; i < units; ++i) keep[j][w * units + i] = keep_word & U::bit(j, i);
-        for (int i = 0; i < units; ++i) pruned[j][w * units + i] = pruned_word & U::bit(j, i);
-      }
-    }
-    return any != 0;
-  }
-};
 
 template <class Rule, class S, bool averaged>
 struct Streams {  // typed pointers and rounded scalars of a span
@@ -113,7 +40,7 @@ struct Streams {  // typed pointers and rounded scalars of a span
   }
 
   // Unit i; masked: `lanes` of its chunk, in which it is number `lane`.
-  template <bool masked, bool any_special>
+  template <bool masked, bool penalized, bool pruning>
   FUSEOPT_INLINE void step(int64_t i, const Lanes<S>* lanes = nullptr, int64_t lane = 0, bool freeze = false) const {
     const word weights = p[i], grads = g[i];
     word moments[slots];
@@ -124,13 +51,15 @@ struct Streams {  // typed pointers and rounded scalars of a span
       raw own[slots];
       weight[j] = U::get(weights, j);
       for (int k = 0; k < Rule::slots; ++k) own[k] = U::get(moments[k], j);
-      const bool keep = !masked || lanes->keep[j][lane] != 0, frozen = masked & freeze & !keep;
-      const bool pruned = step_element<Rule, Element, masked, any_special>(
-          weight[j], U::get(grads, j), own, keep, frozen, masked && lanes->pruned[j][lane] != 0, stage, rule);
+      Flag<raw> keep = true, gone = false;
+      if constexpr (masked) keep = Flag<raw>::of(lanes->keep[j][lane]), gone = Flag<raw>::of(lanes->pruned[j][lane]);
+      const Flag<raw> frozen = Flag<raw>(freeze) & !keep;
+      const Flag<raw> pruned = step_element<Rule, Element, masked, penalized, pruning>(
+          weight[j], U::get(grads, j), own, keep, frozen, gone, stage, rule);
       for (int k = 0; k < Rule::slots; ++k) moment[k][j] = own[k];
       if constexpr (averaged) {
         T& e = ema[U::elements * i + j];
-        e = ema_element<typename Wide<S>::type>(e, Element::load(weight[j]), ema_weight, pruned, frozen);
+        e = averaged_unless<typename Wide<S>::type>(frozen, e, Element::load(weight[j]), ema_weight, pruned);
       }
     }
     p[i] = U::put(weight);
@@ -159,7 +88,7 @@ FUSEOPT_INLINE void update_half_unit(const Span& a, void (*loop)(const Span&)) {
   one.n = 2, one.p = &p, one.g = &g, one.keep = &keep, one.pruned = &pruned, one.ema = ema;
   std::memcpy(&p, at(a.p), size), std::memcpy(&g, at(a.g), size);
   for (int k = 0; k < Rule::slots; ++k) std::memcpy(&slot[k], at(a.slot[k]), size), one.slot[k] = &slot[k];
-  if (a.keep) keep = (a.keep[last / 32] >> (last % 32) & 1u) | 2u;  // a unit that is all frozen would be left out
+  if (a.keep) keep = a.keep[last / 32] >> (last % 32) & 1u;
   if (a.pruned) pruned = a.pruned[last / 32] >> (last % 32);
   auto* average = static_cast<typename S::compute*>(a.ema);
   if (average) ema[0] = average[last];
@@ -169,41 +98,42 @@ FUSEOPT_INLINE void update_half_unit(const Span& a, void (*loop)(const Span&)) {
   if (average) average[last] = ema[0];
 }
 
-template <bool any_special, class Rule, class S, bool averaged>
+template <bool penalized, class Rule, class S, bool averaged>
 FUSEOPT_INLINE void update_units(const Streams<Rule, S, averaged>& s, int64_t units) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < units; ++i) s.template step<false, any_special>(i);
+  for (int64_t i = 0; i < units; ++i) s.template step<false, penalized, false>(i);
 }
 
 template <class Rule, class S, bool averaged>
 void update(const Span& a) {
   const Streams<Rule, S, averaged> s(a);
   const int64_t units = a.n / Unit<S>::elements;
-  if (special(s.stage)) update_units<true>(s, units);
+  if (penalizes(s.stage)) update_units<true>(s, units);
   else update_units<false>(s, units);
   if (a.n % Unit<S>::elements) update_half_unit<Rule, S>(a, update<Rule, S, averaged>);
 }
 
-template <bool any_special, class Rule, class S, bool averaged>
-FUSEOPT_INLINE void update_chunk(const Streams<Rule, S, averaged>& s, int64_t first, int64_t units, const Lanes<S>& lanes,
-                                 bool freeze) {
+template <bool penalized, bool pruning, class Rule, class S, bool averaged>
+FUSEOPT_INLINE void update_chunk(const Streams<Rule, S, averaged>& s, int64_t first, int64_t units,
+                                 const Lanes<S>& lanes, bool freeze) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < units; ++i) s.template step<true, any_special>(first + i, &lanes, i, freeze);
+  for (int64_t i = 0; i < units; ++i) s.template step<true, penalized, pruning>(first + i, &lanes, i, freeze);
 }
 
 template <class Rule, class S, bool averaged>
 void update_masked(const Span& a) {
   using U = Unit<S>;
   const Streams<Rule, S, averaged> s(a);
-  const bool any_special = special(s.stage);
+  const bool penalized = penalizes(s.stage), pruning = prunes(s.stage);
   Lanes<S> lanes;
   for (int64_t begin = 0; begin < a.n; begin += kChunk) {
     const int64_t n = a.n - begin < kChunk ? a.n - begin : kChunk, units = n / U::elements;
     const bool any = lanes.spread(a.keep + begin / 32, a.pruned + begin / 32, (n + 31) / 32);
     if (a.freeze && !any) continue;
     s.prefetch(begin / U::elements, units);
-    if (any_special) update_chunk<true>(s, begin / U::elements, units, lanes, a.freeze);
-    else update_chunk<false>(s, begin / U::elements, units, lanes, a.freeze);
+    if (penalized) update_chunk<true, true>(s, begin / U::elements, units, lanes, a.freeze);
+    else if (pruning) update_chunk<false, true>(s, begin / U::elements, units, lanes, a.freeze);
+    else update_chunk<false, false>(s, begin / U::elements, units, lanes, a.freeze);
   }
   if (a.n % U::elements) update_half_unit<Rule, S>(a, update_masked<Rule, S, averaged>);
 }
@@ -234,70 +164,8 @@ void ema(void* stream, const Span& a, double weight) {
     prefetch_bytes(e + begin, 32 * sizeof *e);
 #pragma GCC ivdep
     for (int j = 0; j < count; ++j)
-      e[begin + j] = ema_element<E>(e[begin + j], S::load(p[begin + j]), w, has(pruned, j), has(frozen, j));
+      e[begin + j] = averaged_unless<E>(has(frozen, j), e[begin + j], S::load(p[begin + j]), w, has(pruned, j));
   }
-}
-
-FUSEOPT_INLINE uint32_t free_word(const Span& a, int64_t w) {  // what the step may change
-  return (a.keep ? a.keep[w] : ~0u) & ~(a.pruned ? a.pruned[w] : 0u);
-}
-
-template <class T>
-FUSEOPT_INLINE void add_square(double& sum, T x) {
-  sum += double(x) * double(x);
-}
-
-template <class S>
-void grad_norm(const Span& a, double* __restrict__ lanes) {
-  using T = typename S::compute;
-  const auto* g = static_cast<const typename S::raw*>(a.g);
-  const auto s = rounded<StageScalars, T>(&a.stage->inv_grad_scale);
-  const bool masked = a.keep || a.pruned;
-  for (int64_t begin = 0; begin < a.n; begin += kLanes) {
-    const int count = a.n - begin < kLanes ? int(a.n - begin) : kLanes;
-    if (!masked) {
-#pragma GCC ivdep
-      for (int j = 0; j < count; ++j) add_square(lanes[j], effective_grad(S::load(g[begin + j]), true, s));
-      continue;
-    }
-    for (int first = 0; first < count; first += 32) {
-      const uint32_t keep = free_word(a, (begin + first) / 32);
-      const int length = count - first < 32 ? count - first : 32;
-      prefetch_bytes(g + begin + first, 32 * sizeof *g);
-#pragma GCC ivdep
-      for (int j = 0; j < length; ++j)
-        add_square(lanes[first + j], effective_grad(S::load(g[begin + first + j]), has(keep, j), s));
-    }
-  }
-}
-
-template <class S>
-void statistics(const void* previous, const Span& a, Sums* sums) {
-  using T = typename S::compute;
-  const auto* before = static_cast<const typename S::raw*>(previous);
-  const auto* p = static_cast<const typename S::raw*>(a.p);
-  const auto* g = static_cast<const typename S::raw*>(a.g);
-  auto s = rounded<StageScalars, T>(&a.stage->inv_grad_scale);
-  s.clip = T(1);  // the norm is of the gradient before clipping
-  int64_t zeros = 0, nonfinite = 0;
-  for (int64_t begin = 0; begin < a.n; begin += 32) {
-    const uint32_t keep = free_word(a, begin / 32);
-    const int64_t lane = begin % kLanes;
-    const int count = a.n - begin < 32 ? int(a.n - begin) : 32;
-#pragma GCC ivdep
-    for (int j = 0; j < count; ++j) {
-      const double x = double(effective_grad(S::load(g[begin + j]), has(keep, j), s));
-      const double w = double(S::load(p[begin + j]));
-      const double d = w - double(S::load(before[begin + j]));
-      sums->grad[lane + j] += x * x;
-      sums->param[lane + j] += w * w;
-      sums->update[lane + j] += d * d;
-      zeros += w == 0;
-      nonfinite += !(x - x == 0);
-    }
-  }
-  sums->zeros += zeros;
-  sums->nonfinite += nonfinite;
 }
 
 #define FUSEOPT_ROW(Rule, function, averaged) \

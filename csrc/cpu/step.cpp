@@ -107,10 +107,8 @@ void step_tile(const BlockView& view, int64_t begin, Sums* sums) {
     averages_done = averaged;
   }
   if (sums) k.statistics[storage](before, span, sums);  // before the bits change: it tells what was free
-  if (view.t.all_frozen) return;  // it is here for the statistics
-  if (span.pruned && view.group.stage.prune_below > 0 && !tile.all_frozen())
-    k.mark_pruned[storage](tile.with_all_words());
-  if (tile.all_frozen() && !span.pruned) return;
+  if (tile.all_frozen()) return;  // a step leaves it alone
+  if (span.pruned && view.group.stage.prune_below > 0) k.mark_pruned[storage](tile.with_all_words());
   for (int e = averages_done; e < view.group.n_ema; ++e)
     if (view.t.ema[e]) k.ema[view.group.ema_narrow[e]][storage](view.ema(e, begin), span, view.group.ema_weight[e]);
 }
