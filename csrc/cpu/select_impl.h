@@ -1,9 +1,9 @@
-// The bodies of the loops in select_loops.h; included as kernels_impl.h is, and under the same rules.
+// The bodies of the loops in select_loops.h; included as units_impl.h is, and under the same rules.
 
 namespace fuseopt {
 namespace FUSEOPT_ISA {
 
-static const uint32_t word_bit[32] = {  // a table, not a shift: see bit_table in kernels_impl.h
+static const uint32_t word_bit[32] = {  // a table, not a shift: see bit_table in units_impl.h
     1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,  1u << 8,  1u << 9,  1u << 10,
     1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15, 1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21,
     1u << 22, 1u << 23, 1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31};
