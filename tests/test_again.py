@@ -3,6 +3,8 @@
 Whatever is edited in between, the outcome is that of the way around them, bit for bit.
 """
 
+import pickle
+
 import pytest
 import torch
 from cases import F64, RULES, all_params, assert_same_state, ident, parameters, run, set_gradients
@@ -181,3 +183,14 @@ def test_a_first_step_that_fails_leaves_no_state(native):
     with pytest.raises((TypeError, ValueError)):
         opt.step()
     assert not opt.state and torch.equal(good, before) and opt.param_groups[0]["steps"] == 0
+
+
+def test_an_unpickled_optimizer_knows_the_step_before(native):
+    """The key "steps" of its groups is another object than the program's."""
+    opt = fuseopt.AdamW(parameters(SHAPES), backend="cpu")
+    for t in (1, 2, 3):
+        set_gradients(all_params(opt), t)
+        opt.step()
+        opt = pickle.loads(pickle.dumps(opt)) if t == 1 else opt
+    opt.param_groups[0]["steps"] += 1
+    assert cpu.native.changed(cpu._dicts(opt), opt._kept.copies, "steps") == []
