@@ -66,13 +66,18 @@ void n_m(const TensorTable& table, int n, int m, int64_t channels, int64_t strid
   prune_n_m(table, n, m, channels, stride);
 }
 
+// Keys that were unpickled are objects of their own.
+bool same_text(PyObject* key, PyObject* text) {
+  return key == text || (PyUnicode_Check(key) && PyUnicode_Compare(key, text) == 0);
+}
+
 // Whether dicts hold the very objects of their copies, in the order of the copies, the entry `but` aside.
 bool same_entries(PyObject* now, PyObject* then, PyObject* but) {
   if (PyDict_Size(now) != PyDict_Size(then)) return false;
   Py_ssize_t i = 0, j = 0;
   PyObject *key, *value, *other_key, *other;
   while (PyDict_Next(now, &i, &key, &value) && PyDict_Next(then, &j, &other_key, &other))
-    if (key != other_key || (value != other && key != but)) return false;
+    if (key != other_key || (value != other && !same_text(key, but))) return false;
   return true;
 }
 

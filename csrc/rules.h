@@ -55,7 +55,7 @@ struct AdamRule {
     exp_avg = lerp(exp_avg, g, s.one_minus_beta1);
     exp_avg_sq = fma(s.one_minus_beta2 * g, g, s.beta2 * exp_avg_sq);
     T second = exp_avg_sq;
-    if constexpr (amsgrad) second = slot[2] = slot[2] < exp_avg_sq ? exp_avg_sq : slot[2];
+    if constexpr (amsgrad) second = slot[2] = exp_avg_sq <= slot[2] ? slot[2] : exp_avg_sq;  // NaN too
     const T denom = sqrt(second) / s.sqrt_bias_correction2 + s.eps;
     p = p + s.minus_step_size * exp_avg / denom;
   }

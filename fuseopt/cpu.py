@@ -167,17 +167,12 @@ class Kept:
 
     def __init__(self, opt, step: plan.Step):
         self.step, self.valid = step, opt._valid
-        self.copies = [dict(one) for one in _dicts(opt)]
+        self.copies = step.read  # while it ran a signal's handler or another thread may have edited a group
 
 
 # An entry of these types is another object once it has another value. The lists are the parameters, read at each step,
 # their names, read never, and the averages, which opt._validate_options looks at.
 LASTING = {float, int, bool, NoneType, str, tuple, list, np.float64}
-
-
-def _dicts(opt) -> list[dict]:
-    """What the scalars of a step come from."""
-    return [*opt.param_groups, opt.defaults]
 
 
 def _holds(gs: plan.GroupStep, t: int) -> bool:
@@ -210,7 +205,7 @@ def again(opt) -> plan.Step | None:
     if kept is None or kept.valid is not opt._valid or _has_more(opt):
         return None
     step, t = kept.step, opt._steps() + 1
-    for k in native.changed(_dicts(opt), kept.copies, "steps"):
+    for k in native.changed(plan.sources(opt), kept.copies, "steps"):
         if k >= len(step.groups) or len(kept.copies) != len(opt.param_groups) + 1:
             return None
         now = dict(opt.param_groups[k])

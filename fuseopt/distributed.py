@@ -179,5 +179,6 @@ def total(opt, params: list[Tensor], rows: Tensor, width: int) -> Tensor:
     every = [p for group in opt.param_groups for p in group["params"]]
     place = {p: k for k, p in enumerate(every)}
     spread = torch.zeros(len(every), width, dtype=torch.float64, device=rows.device)
-    spread[[place[p] for p in params]] = rows
+    index = torch.tensor([place[p] for p in params], dtype=torch.int64, device=rows.device)
+    spread.index_add_(0, index, rows)  # adds: a parameter may be listed twice
     return Parts(every, opt.defaults["sharded"]).total(lambda members: spread[members].sum(0))

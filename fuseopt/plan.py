@@ -44,8 +44,8 @@ class Step:
     """The step number `t` (from 1) of an optimizer and its groups' scalars.
 
     backend: which runs it. amp: (found_inf, grad_scale) where its kernels read them on the GPU. captured: a graph
-    captures this step. specs: the groups as the compiled module reads them, once it has. holds: the groups are those of
-    an earlier step; see cpu.again.
+    captures this step. specs: the groups as the compiled module reads them, once it has. read: what the scalars come
+    from, as it was before they were formed. holds: the groups are those of an earlier step; see cpu.again.
     """
 
     specs: list | None = None
@@ -56,7 +56,13 @@ class Step:
         self.inv_grad_scale = inv_grad_scale
         self.backend, self.amp, self.captured = backend, amp, captured
         on_gpu = backend == "cuda"
+        self.read = [dict(one) for one in sources(opt)]
         self.groups = [group_step(opt, group, t, inv_grad_scale, on_gpu) for group in opt.param_groups]
+
+
+def sources(opt) -> list[dict]:
+    """What the scalars of a step come from."""
+    return [*opt.param_groups, opt.defaults]
 
 
 def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = False) -> GroupStep:

@@ -75,7 +75,7 @@ def adam(p, g, slot, s):
     exp_avg = lerp(slot[0], g, s[0])
     exp_avg_sq = tl.fma(s[2] * g, g, s[1] * slot[1])
     if len(slot) == 3:  # amsgrad
-        second = tl.where(slot[2] < exp_avg_sq, exp_avg_sq, slot[2])
+        second = tl.where(exp_avg_sq <= slot[2], slot[2], exp_avg_sq)  # NaN too
         slot = (exp_avg, exp_avg_sq, second)
     else:
         second = exp_avg_sq

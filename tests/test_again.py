@@ -3,13 +3,15 @@
 Whatever is edited in between, the outcome is that of the way around them, bit for bit.
 """
 
+import pickle
+
 import pytest
 import torch
 from cases import F64, RULES, all_params, assert_same_state, ident, parameters, run, set_gradients
 from torch.nn import Parameter
 
 import fuseopt
-from fuseopt import EMA, Prune, cpu
+from fuseopt import EMA, Prune, backends, cpu, plan
 
 SHAPES = [(40, 3), (7,)]
 
@@ -181,3 +183,33 @@ def test_a_first_step_that_fails_leaves_no_state(native):
     with pytest.raises((TypeError, ValueError)):
         opt.step()
     assert not opt.state and torch.equal(good, before) and opt.param_groups[0]["steps"] == 0
+
+
+def test_an_unpickled_optimizer_knows_the_step_before(native):
+    """The key "steps" of its groups is another object than the program's."""
+    opt = fuseopt.AdamW(parameters(SHAPES), backend="cpu")
+    for t in (1, 2, 3):
+        set_gradients(all_params(opt), t)
+        opt.step()
+        opt = pickle.loads(pickle.dumps(opt)) if t == 1 else opt
+    opt.param_groups[0]["steps"] += 1
+    assert cpu.native.changed(plan.sources(opt), opt._kept.copies, "steps") == []
+
+
+def test_an_edit_while_a_step_runs_counts_from_the_next(native, monkeypatch):
+    """As a signal's handler makes it, which runs when the pass returns, or another thread during it."""
+
+    def interrupted(*calls):
+        at_once(*calls)
+        group(opt)["lr"] = 0.5
+
+    at_once = backends.at_once
+    params = parameters([(5,)], F64)
+    opt = fuseopt.SGD(params, lr=0.1, backend="cpu")
+    set_gradients(params, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "at_once", interrupted)
+        opt.step()
+    before = first(opt).detach().clone()
+    opt.step()
+    torch.testing.assert_close(first(opt).detach(), before - 0.5 * first(opt).grad, rtol=1e-12, atol=0)

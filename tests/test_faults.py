@@ -269,6 +269,16 @@ def test_a_duplicate_is_pruned_once(backend):
         assert_same_bits(opt.state[p]["ema_0"], p.detach())
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_the_norm_counts_a_duplicate_as_often_as_it_is_listed(backend):
+    """As torch.nn.utils.clip_grad_norm_ does, on every backend."""
+    (p,) = parameters([(10, 10)], F64)
+    opt = fuseopt.SGD([p, p], lr=0.1, max_grad_norm=0.1, statistics=True, backend=backend)
+    run(opt, [p], 1)
+    norm = torch.nn.utils.get_total_norm([p.grad, p.grad])
+    assert_close(torch.tensor(opt.statistics()["grad_norm"], dtype=F64), norm, (1e-12, 0))
+
+
 def test_views_of_one_storage_that_do_not_overlap(backend):
     """A flat buffer cut into parameters, as DDP's buckets and FSDP's flat parameters are."""
     flat = parameters([(1000,)])[0].detach()

@@ -272,6 +272,16 @@ def test_every_16_bit_pattern_is_read_and_rounded_as_torch_does(storage, native)
         assert (p.isnan() == expected.isnan()).all()
 
 
+def test_nan_enters_the_greatest_second_moment(backend):
+    """As in torch, whose maximum of NaN is NaN."""
+    p = parameters([(40,)])[0]
+    opt = BY_NAME["adamw-amsgrad-maximize"].ours([p], backend=backend)
+    run(opt, [p], 1)
+    p.grad[[3, 39]] = float("nan")
+    opt.step()
+    assert opt.state[p]["max_exp_avg_sq"].isnan().nonzero().flatten().tolist() == [3, 39]
+
+
 @pytest.mark.parametrize("steps", (1, 1000, 2**24))
 def test_bias_corrections_are_formed_in_double(steps, backend):
     """Formed in float they are off by 1.3e-5."""
