@@ -41,6 +41,11 @@ def native_error() -> str | None:
 
 
 _stage_scalars = itemgetter(*schema.STAGE_SCALARS)
+HYPER = 5  # where what `_scalars` gives lies in the tuple that `spec` gives
+
+
+def _scalars(gs: plan.GroupStep) -> tuple[tuple, tuple]:
+    return gs.hyper, _stage_scalars(gs.stage)
 
 
 def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple, emas: tuple) -> tuple:
@@ -51,8 +56,7 @@ def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple
         slots,
         counters,
         emas,
-        gs.hyper,
-        _stage_scalars(gs.stage),
+        *_scalars(gs),
         gs.group["max_grad_norm"] or 0.0,
     )
 
@@ -210,14 +214,19 @@ def again(opt) -> plan.Step | None:
     if kept is None or kept.valid is not opt._valid or _has_more(opt):
         return None
     step, t = kept.step, opt._steps() + 1
-    for k in native.changed(_dicts(opt), kept.copies, "steps"):
+    for k, keys in native.changed(_dicts(opt), kept.copies, "steps"):
         if k >= len(step.groups) or len(kept.copies) != len(opt.param_groups) + 1:
             return None
-        now = dict(opt.param_groups[k])
-        gs = plan.group_step(opt, opt.param_groups[k], t, 1.0)
+        group, gs = opt.param_groups[k], step.groups[k]
+        now = dict(group)
+        if keys and plan.RATES.issuperset(keys) and gs.group is group:
+            plan.set_rates(opt, gs)
+            step.specs[k] = (*step.specs[k][:HYPER], *_scalars(gs), *step.specs[k][HYPER + 2 :])
+        else:
+            step.groups[k] = gs = plan.group_step(opt, group, t, 1.0)
+            step.specs[k] = whole(gs)
         if not _holds(gs, t):
             return None
-        step.groups[k], step.specs[k] = gs, whole(gs)
         kept.copies[k] = now  # last: another thread may step the same optimizer
     step.t = t
     return step

@@ -94,6 +94,15 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = F
     )
 
 
+RATES = {"lr", "weight_decay"}  # options of which nothing but hyper and the scalars of the decay is formed
+
+
+def set_rates(opt, gs: GroupStep) -> None:
+    """Form anew what depends on RATES, for a group that is otherwise as it was."""
+    gs.hyper = opt.hyper(gs.group)
+    gs.stage.update(decay.scalars(gs.group, gs.hyper[0]))
+
+
 def averages_at(opt, group: dict, t: int, threshold: float) -> tuple[tuple, tuple, tuple, tuple, tuple]:
     """(emas, narrow, due, thinned, ema_weights) of a GroupStep."""
     pairs = list(zip(ema.NAMES, group["ema"], strict=False))
