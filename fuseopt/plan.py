@@ -44,8 +44,8 @@ class Step:
     """The step number `t` (from 1) of an optimizer and its groups' scalars.
 
     backend: which runs it. amp: (found_inf, grad_scale) where its kernels read them on the GPU. captured: a graph
-    captures this step. specs: the groups as the compiled module reads them, once it has. holds: the groups are those of
-    an earlier step; see cpu.again.
+    captures this step. specs: the groups as the compiled module reads them, once it has. holds: it is made of an
+    earlier step; see cpu.again.
     """
 
     specs: list | None = None
