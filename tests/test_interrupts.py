@@ -80,7 +80,7 @@ class Interrupts:
 
 
 def build(rule: Rule, pruning: str, params: list, backend: str, way: str):
-    """An optimizer with masks; a slice among the parameters, or statistics, make every step take the long way."""
+    """An optimizer with masks; a slice among the parameters makes every step take the long way."""
     if way == "gaps":
         params[0] = torch.nn.Parameter(torch.zeros(33, 62)[:, ::2].copy_(params[0].detach()))
     options = {**FULL, **PRUNING[pruning], "statistics": way == "statistics"}
