@@ -31,6 +31,7 @@ __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
 Loss = TypeVar("Loss")  # what a closure returns: a float or a tensor
 
+
 class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.AverageMethods, explain.ReportMethods):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
 
