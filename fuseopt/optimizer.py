@@ -167,10 +167,7 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """torch's wrapper of `step`, by which it runs hooks and names the step to a profiler.
-
-        It takes longer than a small step, so it is left out where there is neither.
-        """
+        """torch's wrapper of `step`, for hooks and profilers. Left out without either: it outlasts a small step."""
         wrapped = torch.optim.Optimizer.profile_hook_step(func)
 
         @wraps(func)
