@@ -71,21 +71,27 @@ bool same_text(PyObject* key, PyObject* text) {
   return key == text || (PyUnicode_Check(key) && PyUnicode_Compare(key, text) == 0);
 }
 
-// Whether dicts hold the very objects of their copies, in the order of the copies, the entry `but` aside.
-bool same_entries(PyObject* now, PyObject* then, PyObject* but) {
-  if (PyDict_Size(now) != PyDict_Size(then)) return false;
+// The keys under which a dict does not hold the very objects of its copy, the key `but` aside; None if the keys differ.
+py::object keys_changed(PyObject* now, PyObject* then, PyObject* but) {
+  py::list out;
+  if (PyDict_Size(now) != PyDict_Size(then)) return py::none();
   Py_ssize_t i = 0, j = 0;
   PyObject *key, *value, *other_key, *other;
-  while (PyDict_Next(now, &i, &key, &value) && PyDict_Next(then, &j, &other_key, &other))
-    if (key != other_key || (value != other && !same_text(key, but))) return false;
-  return true;
+  while (PyDict_Next(now, &i, &key, &value) && PyDict_Next(then, &j, &other_key, &other)) {
+    if (key != other_key) return py::none();
+    if (value != other && !same_text(key, but)) out.append(py::handle(key));
+  }
+  return out;
 }
 
-// The positions of the dicts that are not as their copies.
+// (position, keys_changed) of the dicts that are not as their copies.
 py::list changed(py::list dicts, py::list copies, py::str but) {
   py::list out;
-  for (size_t k = 0; k < dicts.size(); ++k)
-    if (k >= copies.size() || !same_entries(dicts[k].ptr(), copies[k].ptr(), but.ptr())) out.append(k);
+  for (size_t k = 0; k < dicts.size(); ++k) {
+    py::object keys = py::none();
+    if (k < copies.size()) keys = keys_changed(dicts[k].ptr(), copies[k].ptr(), but.ptr());
+    if (keys.is_none() || py::len(keys) > 0) out.append(py::make_tuple(k, keys));
+  }
   return out;
 }
 
@@ -118,7 +124,7 @@ PYBIND11_MODULE(_C, m) {
       .def("prune", &prune)
       .def("prune_n_m", &n_m)
       .def("prune_rows", &rows_of);
-  m.def("changed", &changed, "The positions of the dicts whose entries, but for one, are not those of their copies.");
+  m.def("changed", &changed, "(position, keys) of the dicts that hold other objects than their copies; keys None: other keys.");
   m.def("square_rows", &squares_of_rows);
   m.def("instruction_set", [] { return kernels().name; });
   m.def("set_instruction_set", &set_kernels, "For tests: 'portable', 'avx2', 'avx512'.");

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import repeat
 
@@ -122,8 +123,7 @@ def run(opt, step: plan.Step) -> None:
     if step.captured:
         raise RuntimeError(cuda.WARM_UP)
     update, ranker, row_ranker = TABLE[step.backend]
-    # On the CPU counters and counts lie, whatever torch's default device; masks' functions may use that.
-    with held(), masking.recomputed(opt, step), torch.device("cpu"):
+    with held(), masking.recomputed(opt, step), _on_cpu():
         prepared = update(opt, step)
         _give_first_values(opt, step, prepared)
         at_once(*of_buffers)
@@ -132,6 +132,14 @@ def run(opt, step: plan.Step) -> None:
             cpu.increment_version([p for _, p in selection.members])
         for group in opt.param_groups:
             group["steps"] = step.t
+
+
+def _on_cpu() -> AbstractContextManager:
+    """Counters and counts lie on the CPU, whatever torch's default device; masks' functions may use that one.
+
+    Where it is the CPU nothing is set: under a device as context each look at a tensor takes a microsecond more.
+    """
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _prepare(opt, step: plan.Step, wanting: list[tuple[plan.GroupStep, Tensor]]) -> dict[Tensor, plan.Prepared]:
@@ -186,7 +194,8 @@ def _fills_placeholders(opt, step: plan.Step) -> bool:
 def _only_passes(engine, opt, step: plan.Step) -> bool:
     """Whether nothing is to be made, selected or summed up around the compiled pass, so far as Python can tell."""
     on_gpu = engine is cuda
-    if (opt.defaults["statistics"] and not on_gpu) or any(gs.sparsity is not None for gs in step.groups):
+    statistics = opt.defaults["statistics"] and opt.defaults["sharded"] and not on_gpu  # processes add them up
+    if statistics or any(gs.sparsity is not None for gs in step.groups):
         return False
     if cuda.has_new_moments(opt, step) if on_gpu else _fills_placeholders(opt, step):
         return False
@@ -203,14 +212,17 @@ def _pass(engine, opt, step: plan.Step, of_buffers: Iterable[Iterable] = ()) -> 
         table, problems = cpu.gather(opt, step, dict.fromkeys(new, (None, True, None)), new)
         # An average begins as the weights are after the step, which may go over the same memory again.
         problems = problems or (any(gs.emas for gs in step.groups) and table.shares_memory())
-    if problems or (engine is cuda and not opt._memory.has_room(opt, table)):
+    together = engine is cpu and opt.defaults["statistics"] and table.sharded
+    if problems or together or (engine is cuda and not opt._memory.has_room(opt, table)):
         engine.put_back(opt, table)
         return False
     count = map(dict.__setitem__, opt.param_groups, repeat("steps"), repeat(step.t))
     arguments = engine.arguments(opt, table, step, engine.norm(opt, table, step))
     written = map(table.mark_written, (cpu.increment_version,))
     made = [map(dict.update, (opt.state,), (new,))] if new else []
-    at_once(map(table.run, *zip(arguments)), written, *of_buffers, *made, count, *engine.notes(opt, step))
+    returned: list = []
+    ran = map(returned.append, map(table.run, *zip(arguments)))
+    at_once(ran, written, *of_buffers, *made, count, *engine.notes(opt, step, returned))
     engine.finish(opt, table, step, None)
     if engine is cpu and not step.holds:
         cpu.keep(opt, step, table)

@@ -41,6 +41,11 @@ def native_error() -> str | None:
 
 
 _stage_scalars = itemgetter(*schema.STAGE_SCALARS)
+HYPER = 5  # where what `_scalars` gives lies in the tuple that `spec` gives
+
+
+def _scalars(gs: plan.GroupStep) -> tuple[tuple, tuple]:
+    return gs.hyper, _stage_scalars(gs.stage)
 
 
 def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple, emas: tuple) -> tuple:
@@ -51,8 +56,7 @@ def spec(gs: plan.GroupStep, params: list[Tensor], slots: tuple, counters: tuple
         slots,
         counters,
         emas,
-        gs.hyper,
-        _stage_scalars(gs.stage),
+        *_scalars(gs),
         gs.group["max_grad_norm"] or 0.0,
     )
 
@@ -124,6 +128,10 @@ def total_of(opt, params: list[Tensor], rows: list, width: int, sharded: bool) -
     if sharded or opt.defaults["sharded"]:
         rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, width)
         return distributed.total(opt, params, rows, width).tolist()
+    return _sums(rows, width)
+
+
+def _sums(rows: list, width: int) -> list[float]:
     return [sum(column) for column in zip((0.0,) * width, *rows, strict=True)]
 
 
@@ -144,14 +152,20 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
     """What table.run takes for granted."""
 
 
-def notes(opt, step: plan.Step) -> list:
-    """What to remember of a step that was run, as iterators for interrupts.at_once."""
-    return []
+def notes(opt, step: plan.Step, returned: list | None = None) -> list:
+    """What to remember of a step that was run, as iterators for interrupts.at_once.
+
+    returned: where what table.run returns will lie, if nothing follows in which processes could add up their sums.
+    """
+    if returned is None or not opt.defaults["statistics"]:
+        return []
+    made = statistics.Statistics(lambda: statistics.values(_sums(returned[0], statistics.WIDTH)))
+    return [map(setattr, (opt,), ("_statistics",), (made,))]
 
 
 def finish(opt, table, step: plan.Step, rows: list | None) -> None:
-    """What is left to do after table.run, which returned `rows`."""
-    if opt.defaults["statistics"]:
+    """What is left to do after table.run, which returned `rows`; None: `notes` has seen to them."""
+    if rows is not None and opt.defaults["statistics"]:
         opt._statistics = statistics.result(total_of(opt, table.params(), rows, statistics.WIDTH, table.sharded))
     put_back(opt, table)
 
@@ -160,7 +174,7 @@ def finish(opt, table, step: plan.Step, rows: list | None) -> None:
 
 
 class Kept:
-    """A step whose scalars hold for the next one too, as long as the entries of the groups are the same objects.
+    """A step that is made into the next one by forming anew what was edited, or depends on the number of the step.
 
     Tensors are read anew at each step all the same; here only what the options come to is kept.
     """
@@ -168,6 +182,7 @@ class Kept:
     def __init__(self, opt, step: plan.Step):
         self.step, self.valid = step, opt._valid
         self.copies = step.read  # while it ran a signal's handler or another thread may have edited a group
+        self.passing = {k for k, gs in enumerate(step.groups) if not _lasts(gs, step.t)}
 
 
 # An entry of these types is another object once it has another value. The lists are the parameters, read at each step,
@@ -175,7 +190,7 @@ class Kept:
 LASTING = {float, int, bool, NoneType, str, tuple, list, np.float64}
 
 
-def _holds(gs: plan.GroupStep, t: int) -> bool:
+def _lasts(gs: plan.GroupStep, t: int) -> bool:
     """Whether the scalars of step t are those of all later ones."""
     group, betas = gs.group, gs.group.get("betas", ())
     if type(betas) is not tuple or not LASTING.issuperset(map(type, (*betas, *group.values()))):
@@ -190,29 +205,45 @@ def _has_more(opt) -> bool:
 
 
 def keep(opt, step: plan.Step, table) -> None:
-    """Remember a step that was nothing but a pass, if the next may be like it."""
+    """Remember a step that was nothing but a pass: the next may be like it."""
     opt._kept = None
-    if table.sharded or opt.defaults["sharded"] or opt.defaults["statistics"] or _has_more(opt):
-        return
-    if all(_holds(gs, step.t) for gs in step.groups):
+    if not (table.sharded or opt.defaults["sharded"] or _has_more(opt)):
         step.holds = True
         opt._kept = Kept(opt, step)
 
 
 def again(opt) -> plan.Step | None:
-    """The next step made of the last one, anew where a group was edited; None if all of it must be looked at."""
+    """The next step made of the last one; None if all of it must be looked at."""
     kept = opt._kept
     if kept is None or kept.valid is not opt._valid or _has_more(opt):
         return None
     step, t = kept.step, opt._steps() + 1
-    for k in native.changed(plan.sources(opt), kept.copies, "steps"):
-        if k >= len(step.groups) or len(kept.copies) != len(opt.param_groups) + 1:
+    edited = dict(native.changed(plan.sources(opt), kept.copies, "steps"))
+    for k in edited.keys() | kept.passing if kept.passing else edited:
+        if k >= len(opt.param_groups) or len(kept.copies) != len(opt.param_groups) + 1:
             return None
         now = dict(opt.param_groups[k])
-        gs = plan.group_step(opt, opt.param_groups[k], t, 1.0)
-        if not _holds(gs, t):
+        if not _renew(opt, kept, k, edited.get(k), t):
             return None
-        step.groups[k], step.specs[k] = gs, whole(gs)
         kept.copies[k] = now  # last: another thread may step the same optimizer
+    if kept.passing and plan.without_prune_mask(opt, step):
+        return None
     step.t = t
     return step
+
+
+def _renew(opt, kept: Kept, k: int, edited: list[str] | None, t: int) -> bool:
+    """Form the scalars of group k anew; False where they say that step t is more than a pass.
+
+    edited: which entries alone are others than they were.
+    """
+    step, group, gs = kept.step, opt.param_groups[k], kept.step.groups[k]
+    if edited and k not in kept.passing and plan.RATES.issuperset(edited) and gs.group is group:
+        plan.set_rates(opt, gs)
+        step.specs[k] = (*step.specs[k][:HYPER], *_scalars(gs), *step.specs[k][HYPER + 2 :])
+    else:
+        step.groups[k] = gs = plan.group_step(opt, group, t, 1.0)
+        step.specs[k] = whole(gs)
+    if not _lasts(gs, t):
+        kept.passing.add(k)
+    return gs.sparsity is None

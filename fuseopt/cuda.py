@@ -229,7 +229,7 @@ def before(opt, table, prepared: dict[Tensor, plan.Prepared]) -> None:
         memory.noted.update(p for _, p in new)
 
 
-def notes(opt, step: plan.Step) -> list[Iterable]:
+def notes(opt, step: plan.Step, returned: list | None = None) -> list[Iterable]:
     """See cpu.notes. Whether a step counts is known if no found_inf could stop it, and no graph holds it."""
     memory = opt._memory
     known = not (memory.captured or step.captured) and step.amp[0] is None and memory.steps is not None

@@ -6,10 +6,13 @@ in double) -> backends (compiled pass or torch reference) -> pruning, if this st
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import averages, backends, checkpoint, cuda_memory, distributed, ema_state, explain, masking, plan, pruning
 from .options import (
@@ -27,6 +30,7 @@ from .options import (
 __all__ = ["FusedOptimizer", "StageOptions", "Unpack"]
 
 Loss = TypeVar("Loss")  # what a closure returns: a float or a tensor
+
 
 class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.AverageMethods, explain.ReportMethods):
     """Base of the optimizers: one pass over memory a step, whatever is switched on.
@@ -160,6 +164,20 @@ class FusedOptimizer(masking.MaskMethods, pruning.PruneMethods, averages.Average
         self.__dict__.setdefault("_stopwatch", None)
         self.__dict__.setdefault("_swapped", [])
         self.__dict__.setdefault("_tracked", [])
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of `step`, for hooks and profilers. Left out without either: it outlasts a small step."""
+        wrapped = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            hooked = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            hooked = hooked or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+            run = wrapped if hooked or profiler._is_profiler_enabled else func
+            return run(self, *args, **kwargs)
+
+        return step
 
     def __getstate__(self) -> dict[str, Any]:
         cuda_memory.settle(self)

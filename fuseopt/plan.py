@@ -45,7 +45,7 @@ class Step:
 
     backend: which runs it. amp: (found_inf, grad_scale) where its kernels read them on the GPU. captured: a graph
     captures this step. specs: the groups as the compiled module reads them, once it has. read: what the scalars come
-    from, as it was before they were formed. holds: the groups are those of an earlier step; see cpu.again.
+    from, as it was before they were formed. holds: it is made of an earlier step; see cpu.again.
     """
 
     specs: list | None = None
@@ -98,6 +98,15 @@ def group_step(opt, group: dict, t: int, inv_grad_scale: float, on_gpu: bool = F
         lr,
         on_gpu,
     )
+
+
+RATES = {"lr", "weight_decay"}  # options of which nothing but hyper and the scalars of the decay is formed
+
+
+def set_rates(opt, gs: GroupStep) -> None:
+    """Form anew what depends on RATES, for a group that is otherwise as it was."""
+    gs.hyper = opt.hyper(gs.group)
+    gs.stage.update(decay.scalars(gs.group, gs.hyper[0]))
 
 
 def averages_at(opt, group: dict, t: int, threshold: float) -> tuple[tuple, tuple, tuple, tuple, tuple]:

@@ -101,14 +101,14 @@ def _counts(opt, selection: Selection) -> list[int]:
     """[entries, pruned ones, candidates] of a selection on all processes. Reads no weights."""
 
     def count(members: list[int]) -> Tensor:
-        total = torch.zeros(3, dtype=torch.int64)
+        rows = []
         for k in members:
             p = selection.members[k][1]
             state, n = opt.state.get(p, {}), local(p).numel()
             pruned = mask.count(state["prune_mask"]) if "prune_mask" in state else 0
             free = int(candidates(opt, p).sum()) if state.get("mask_freeze") else n - pruned
-            total += torch.tensor([n, pruned, free])
-        return total
+            rows.append((n, pruned, free))
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).sum(0)
 
     return selection.parts.total(count).tolist()
 

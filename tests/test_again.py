@@ -123,6 +123,35 @@ def test_a_step_like_the_last_follows_every_edit(name, native):
         assert [one["steps"] for one in opts[0].param_groups] == [one["steps"] for one in opts[1].param_groups]
 
 
+STAGES = {
+    "warmup": {"ema": EMA(0.9, warmup="timm")},
+    "every": {"ema": [EMA(0.9, every=3), EMA(warmup="swa", start=2)]},
+    "pruned now and then": {"prune": Prune(0.6, schedule="linear", begin=2, end=8, every=3), "ema": EMA(0.9)},
+    "threshold": {"prune": Prune(threshold=0.3, begin=4)},
+    "tensor": {"lr": torch.tensor(0.1, dtype=F64)},
+    "statistics": {"statistics": True},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_steps_that_depend_on_their_number_are_made_of_the_last(name, native, monkeypatch):
+    """Against one that has forgotten it; where nothing is made or selected the way around is never gone."""
+    opts = [fuseopt.AdamW(parameters(SHAPES, F64), backend="cpu", **STAGES[name]) for _ in range(2)]
+    around = []
+    monkeypatch.setattr(fuseopt.plan, "Step", lambda *args, of=fuseopt.plan.Step: around.append(args[1]) or of(*args))
+    for t in range(1, 11):
+        for opt in opts:
+            opt._kept = opt._kept if opt is opts[0] else None
+            set_gradients(all_params(opt), t)
+            opt.step()
+        assert_same_state(*opts)
+        assert opts[0].statistics() == opts[1].statistics() if name == "statistics" else True
+        if t == 6:
+            assert opts[0]._kept is not None
+    expected = {"every": {1, 2, 3, 4}, "pruned now and then": {1, 2, 5, 8}, "threshold": {1, 4}}
+    assert [t for t in sorted(set(around)) if around.count(t) == 2] == sorted(expected.get(name, {1}))
+
+
 def test_a_step_like_the_last_makes_no_scalars(native, monkeypatch):
     """What is kept is used: the options are not even looked at."""
     (p,) = parameters([(5,)])
