@@ -65,13 +65,6 @@ def timed_table():
     return table
 
 
-class Empty(torch.optim.SGD):
-    """A step that does nothing: what torch's wrapper around every step takes."""
-
-    def step(self, closure=None):
-        pass
-
-
 class Clock:
     """Times steps of a variant in one of the ways."""
 
@@ -128,7 +121,7 @@ def rounds(clock: Clock, variants: tuple[Variant, ...], seconds: float, repeats:
 
 def breakdown(clock: Clock, variant: Variant, seconds: float, repeats: int) -> dict[str, float]:
     """Where a step of fuseopt goes, in seconds: medians over samples of the same kind."""
-    empty, samples = Empty([torch.nn.Parameter(torch.zeros(1))]), {}
+    samples: dict[str, list[float]] = {}
     table = variant.opt._table
     timed = variant.opt._table = timed_table()
     count, start = repeats if clock.way == "hot" else 1, time.perf_counter()
@@ -136,10 +129,7 @@ def breakdown(clock: Clock, variant: Variant, seconds: float, repeats: int) -> d
         timed.seconds.update(dict.fromkeys(PARTS, 0.0))
         row = {"whole": clock.steps(variant, repeats)}
         row |= {name: value / count for name, value in timed.seconds.items()}
-        begin = time.perf_counter()
-        empty.step()
-        row["torch's wrapper"] = time.perf_counter() - begin
-        row["Python"] = row["whole"] - sum(row[name] for name in (*PARTS, "torch's wrapper"))
+        row["Python"] = row["whole"] - sum(row[name] for name in PARTS)
         for name, value in row.items():
             samples.setdefault(name, []).append(value)
     variant.opt._table = table
