@@ -2,10 +2,8 @@
 
 import importlib
 import json
-import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import types
@@ -137,7 +135,11 @@ def test_a_comparison_runs_what_the_old_result_has_as_it_was_measured(tmp_path, 
 
 def test_an_interrupt_leaves_nothing_half_written(tmp_path, modules, monkeypatch, capsys):
     """Ctrl-C while it measures: one line, the status of shells, no file."""
-    monkeypatch.setattr(modules("scaling"), "measure_size", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt  # as the signal does, save where a shell has it ignored
+
+    monkeypatch.setattr(modules("scaling"), "measure_size", interrupted)
     monkeypatch.setattr(sys, "argv", ["bench", "scaling", "--sizes", "1e3", "--json", str(tmp_path / "a.json")])
     assert runpy.run_path(str(ROOT / "bench" / "__main__.py"))["main"]() == 130
     assert capsys.readouterr().err == "\ninterrupted: no result was written\n" and not list(tmp_path.iterdir())

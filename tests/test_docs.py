@@ -24,6 +24,7 @@ PICTURES = sorted((ROOT / "docs" / "pages" / "pictures").glob("*.py"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)  # not those marked {.python .not-run}
 WITHOUT_CODE = ("reference", "contributing", "changelog", "limits", "libraries")  # made of other files, or prose
 OF_RULES = {"kernel", "slots", "counters", "hyper", "initial", "update"}  # methods for CONTRIBUTING.md, not for users
+OF_TORCH = {"profile_hook_step"}  # what torch calls while it makes a class
 
 
 def stem(path: Path) -> str:
@@ -92,7 +93,7 @@ def public() -> dict[str, object]:
         for method, value in inspect.getmembers(cls):
             of = value.fget if isinstance(value, property) else value
             ours = (getattr(of, "__module__", None) or "").startswith("fuseopt")
-            if ours and callable(of) and not method.startswith("_") and method not in OF_RULES:
+            if ours and callable(of) and not method.startswith("_") and method not in OF_RULES | OF_TORCH:
                 found[f"{name}.{method}"] = value
     found.pop("fuseopt.verify")  # its members have entries of their own
     return found
